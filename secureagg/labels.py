@@ -1,0 +1,27 @@
+"""Every domain-separation label of the protocol, in one place, so that two purposes can never share one.
+
+A label is the first input of each hash, key derivation and signature.  All start with the protocol version;
+inputs that follow a label are length-prefixed (``frame``), so no two different lists of inputs give the same bytes.
+"""
+
+from typing import Final
+
+VERSION: Final = b"secureagg/v1"
+
+CONTEXT: Final = VERSION + b"/context"
+PARAMETERS: Final = VERSION + b"/parameters"
+ROSTER: Final = VERSION + b"/roster"
+CARD: Final = VERSION + b"/card"
+SIGNATURE: Final = VERSION + b"/signature"
+SURVIVORS: Final = VERSION + b"/survivors"
+CHANNEL: Final = VERSION + b"/channel"
+SHARE: Final = VERSION + b"/share"
+PAIRWISE_MASK: Final = VERSION + b"/pairwise-mask"
+SELF_MASK: Final = VERSION + b"/self-mask"
+SEED_COMMITMENT: Final = VERSION + b"/seed-commitment"
+AGGREGATE: Final = VERSION + b"/aggregate"
+
+
+def frame(*parts: bytes) -> bytes:
+    """Join ``parts`` so that they can be told apart again: each is preceded by its length as 8 bytes, little-endian."""
+    return b"".join(len(part).to_bytes(8, "little") + part for part in parts)
