@@ -1,0 +1,146 @@
+"""Floats to ring integers and back.
+
+Encoding is the only place where a site's numbers meet the protocol.  It refuses what its lane does not allow and says
+where and by how much, never what the value was.
+"""
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import numpy as np
+import numpy.typing as npt
+
+from secureagg.errors import ParameterError, ShapeMismatch, ValueOutOfRange
+from secureagg.identity import Entropy
+from secureagg.keystream import Keystream, block_words
+from secureagg.lanes import CANARY, CLIPPED, WEIGHT, Counts, FixedPoint, Lane, RingLane, Words
+from secureagg.parameters import RoundParameters
+
+__all__ = ["Counts", "EncodedInput", "FixedPoint", "Lane", "decode_total", "encode_input"]
+
+_UINT32 = np.dtype("<u4")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class EncodedInput:
+    """One site's lanes as ring elements, not yet masked: as secret as the update itself."""
+
+    vectors: Mapping[str, Words] = field(repr=False)
+
+
+def encode_input(
+    parameters: RoundParameters,
+    values: Mapping[str, npt.ArrayLike],
+    *,
+    weight: int | None = None,
+    entropy: Entropy = os.urandom,
+) -> EncodedInput:
+    """Encode ``values`` (lane name -> 1-D array) for a round; adds the canary, the weight and the clip counts itself.
+
+    ``weight``: an integer from 0 to the round's ``max_weight``; given exactly when the round has one.
+    Raises ParameterError for missing or unknown lanes or an unfit weight, ShapeMismatch for a wrong length and
+    ValueOutOfRange for a value that is not finite or, unless the lane clips, out of range.
+    """
+    automatic = {CANARY, WEIGHT, *(name for name in parameters.lanes if name.endswith(CLIPPED))}
+    expected = set(parameters.lanes) - automatic
+    if set(values) != expected:
+        raise ParameterError(f"lanes: found {sorted(values)}, expected {sorted(expected)}")
+    if (weight is None) != (parameters.max_weight is None):
+        wanted = "no weight" if parameters.max_weight is None else f"one from 0 to {parameters.max_weight}"
+        raise ParameterError(f"weight: found {'none' if weight is None else 'one'}, expected {wanted}")
+    if weight is not None and parameters.max_weight is not None and not 0 <= weight <= parameters.max_weight:
+        # The weight itself is private to the site; say which side it is on.
+        side = "below 0" if weight < 0 else f"above {parameters.max_weight}"
+        raise ValueOutOfRange(f"weight: found a value {side}, expected 0 to {parameters.max_weight}")
+
+    vectors: dict[str, Words] = {}
+    for name in sorted(expected):
+        ring_lane = parameters.lanes[name]
+        lane = ring_lane.lane
+        array = np.asarray(values[name])
+        if array.shape != (lane.length,):
+            raise ShapeMismatch(f"lane {name}: found shape {array.shape}, expected ({lane.length},)")
+        if isinstance(lane.encoding, FixedPoint):
+            vectors[name], clipped = _encode_fixed_point(ring_lane, lane.encoding, array, entropy)
+            if lane.encoding.clip:
+                vectors[name + CLIPPED] = _single(parameters.lanes[name + CLIPPED], clipped)
+        else:
+            vectors[name] = _encode_counts(ring_lane, lane.encoding, array)
+        if lane.weighted and weight is not None:
+            vectors[name] *= vectors[name].dtype.type(weight)
+            ring_lane.reduce(vectors[name])
+    if weight is not None:
+        vectors[WEIGHT] = _single(parameters.lanes[WEIGHT], weight)
+    vectors[CANARY] = _single(parameters.lanes[CANARY], 1)
+    return EncodedInput(vectors=vectors)
+
+
+def decode_total(
+    ring_lane: RingLane, total: npt.NDArray[np.int64], *, survivors: int, weight: int | None
+) -> npt.NDArray[np.float64]:
+    """The mean that an exact integer ``total`` stands for, as float64 in the lane's units.
+
+    The divisor is the survivors' summed ``weight`` for a weighted lane, else their number.
+    """
+    lane = ring_lane.lane
+    divisor = weight if lane.weighted and weight is not None else survivors
+    if divisor == 0:
+        raise ParameterError(f"lane {lane.name}: the survivors' weights add up to 0, so their weighted mean is undefined")
+    unit = lane.encoding.step if isinstance(lane.encoding, FixedPoint) else 1.0
+    return total / divisor * unit
+
+
+def _encode_fixed_point(
+    ring_lane: RingLane, encoding: FixedPoint, values: npt.NDArray[np.generic], entropy: Entropy
+) -> tuple[Words, int]:
+    """Ring elements of ``values`` and how many were clipped; block by block, so that memory stays at one block."""
+    name, levels = ring_lane.lane.name, encoding.levels
+    if not np.issubdtype(values.dtype, np.floating) and not np.issubdtype(values.dtype, np.integer):
+        raise ParameterError(f"lane {name}: found dtype {values.dtype}, expected real numbers")
+    coins = Keystream(entropy(32))
+    words = np.empty(values.shape, ring_lane.word)
+    draws = np.empty(block_words(_UINT32), _UINT32)
+    clipped = 0
+    for start in range(0, len(values), len(draws)):
+        block = values[start : start + len(draws)].astype(np.float64)
+        if not np.isfinite(block).all():
+            index = start + int(np.flatnonzero(~np.isfinite(block))[0])
+            raise ValueOutOfRange(f"lane {name}, index {index}: found a value that is not finite, expected finite numbers")
+        outside = np.abs(block) > encoding.value_range
+        if outside.any():
+            if not encoding.clip:
+                index = int(np.flatnonzero(outside)[0])
+                excess = float(abs(block[index]) - encoding.value_range)
+                raise ValueOutOfRange(
+                    f"lane {name}, index {start + index}: found a magnitude {excess:.3g} above the range, "
+                    f"expected at most {encoding.value_range:g}"
+                )
+            clipped += int(outside.sum())
+            np.clip(block, -encoding.value_range, encoding.value_range, out=block)
+        block *= levels / encoding.value_range
+        floor = np.floor(block)
+        block -= floor
+        draw = draws[: len(block)]
+        coins.fill(draw)
+        # Rounds up with probability equal to the fraction, to within 2^-32.
+        integers = floor.astype(np.int64) + (draw < block * 2.0**32)
+        np.clip(integers, -levels, levels, out=integers)  # the product above may exceed the edge by one ulp
+        words[start : start + len(block)] = integers.astype(ring_lane.word)
+    return ring_lane.reduce(words), clipped
+
+
+def _encode_counts(ring_lane: RingLane, encoding: Counts, values: npt.NDArray[np.generic]) -> Words:
+    name = ring_lane.lane.name
+    if not np.issubdtype(values.dtype, np.integer):
+        raise ParameterError(f"lane {name}: found dtype {values.dtype}, expected integers")
+    outside = (values < 0) | (values > encoding.maximum)
+    if outside.any():
+        index = int(np.flatnonzero(outside)[0])
+        side = "below 0" if bool(values[index] < 0) else f"above {encoding.maximum}"
+        raise ValueOutOfRange(f"lane {name}, index {index}: found a count {side}, expected 0 to {encoding.maximum}")
+    return values.astype(ring_lane.word)
+
+
+def _single(ring_lane: RingLane, value: int) -> Words:
+    return np.array([value], ring_lane.word)

@@ -1,0 +1,152 @@
+"""Lanes: the named vectors of a round, each with its own encoding and its own ring.
+
+A lane's ring is the integers modulo 2^b, where b is the least width in which the sum over the whole cohort cannot wrap
+around.  A lane for which no such width exists is refused when it is built; nothing can overflow later.
+"""
+
+import math
+import re
+from dataclasses import dataclass
+from typing import Final
+
+import numpy as np
+import numpy.typing as npt
+
+from secureagg.errors import ParameterError
+
+MINIMUM_RING_BITS: Final = 8
+MAXIMUM_RING_BITS: Final = 64
+CANARY: Final = "canary"
+WEIGHT: Final = "weight"
+CLIPPED: Final = "/clipped"
+
+Words = npt.NDArray[np.unsignedinteger]
+
+_NAME = re.compile(r"[a-z][a-z0-9._-]{0,63}(?:/clipped)?")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FixedPoint:
+    """Real values in [-value_range, value_range] as integers of ``value_bits`` bits, stochastically rounded.
+
+    A value x becomes x * levels / value_range, rounded up or down at random so that the expectation is exact.
+    ``clip``: move values outside the range to its edge and count them in a lane of their own, instead of refusing them.
+    """
+
+    value_range: float
+    value_bits: int = 16
+    clip: bool = False
+
+    def __post_init__(self) -> None:
+        if not (math.isfinite(self.value_range) and self.value_range > 0):
+            raise ParameterError(f"value_range: found {self.value_range}, expected a finite number above 0")
+        if not 2 <= self.value_bits <= 32:
+            raise ParameterError(f"value_bits: found {self.value_bits}, expected 2 to 32")
+
+    @property
+    def levels(self) -> int:
+        """The largest encoded integer; the least is its negative."""
+        return (1 << (self.value_bits - 1)) - 1
+
+    @property
+    def step(self) -> float:
+        """The real difference of two neighbouring integers: one quantisation step."""
+        return self.value_range / self.levels
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Counts:
+    """Integers from 0 to ``maximum``: counts and histograms."""
+
+    maximum: int
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.maximum < 1 << 62:
+            raise ParameterError(f"counts: found a maximum of {self.maximum}, expected 1 to 2^62 - 1")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Lane:
+    """One named vector of a round: ``length`` numbers under ``encoding``.
+
+    ``weighted``: each site multiplies its encoded values by its hidden weight.
+    ``minimum_ring_bits``: a floor for the ring, above what the sum needs.
+    """
+
+    name: str
+    length: int
+    encoding: FixedPoint | Counts
+    weighted: bool = False
+    minimum_ring_bits: int = MINIMUM_RING_BITS
+
+    def __post_init__(self) -> None:
+        if not _NAME.fullmatch(self.name):
+            raise ParameterError(f"lane name {self.name!r}: expected a-z followed by up to 63 of a-z 0-9 . _ -")
+        if not 1 <= self.length < 1 << 40:
+            raise ParameterError(f"lane {self.name}: found length {self.length}, expected 1 to 2^40 - 1")
+        if not MINIMUM_RING_BITS <= self.minimum_ring_bits <= MAXIMUM_RING_BITS:
+            raise ParameterError(f"lane {self.name}: found {self.minimum_ring_bits} minimum ring bits, expected 8 to 64")
+
+    @property
+    def signed(self) -> bool:
+        """Whether ring elements stand for integers on both sides of 0."""
+        return isinstance(self.encoding, FixedPoint)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RingLane:
+    """A lane together with the ring that holds its sum over a given cohort.
+
+    ``word``: the narrowest unsigned little-endian machine word of at least ``ring_bits`` bits.  Arithmetic runs modulo the
+    word and is reduced to the ring at the end: the ring's modulus divides the word's, so the result is the same.
+    """
+
+    lane: Lane
+    ring_bits: int
+
+    @classmethod
+    def for_cohort(cls, lane: Lane, *, cohort_size: int, max_weight: int) -> "RingLane":
+        """The least ring in which ``cohort_size`` inputs of weight up to ``max_weight`` cannot wrap.
+
+        Raises ParameterError, with the inequality and its numbers, if that takes more than 64 bits, or if the total would
+        not fit a signed 64-bit integer.
+        """
+        largest = lane.encoding.levels if isinstance(lane.encoding, FixedPoint) else lane.encoding.maximum
+        weight = max_weight if lane.weighted else 1
+        total = cohort_size * weight * largest
+        if total >= 1 << 63:
+            raise ParameterError(
+                f"lane {lane.name}: a sum can reach sites x weight x value = {cohort_size} x {weight} x {largest} = {total}, "
+                f"expected below 2^63 = {1 << 63}; use fewer value bits or a smaller largest weight"
+            )
+        # Signed totals lie in [-total, total], counts in [0, total].
+        states = 2 * total + 1 if lane.signed else total + 1
+        needed = (states - 1).bit_length()
+        return cls(lane=lane, ring_bits=max(lane.minimum_ring_bits, needed))
+
+    @property
+    def word(self) -> np.dtype[np.unsignedinteger]:
+        """The machine word that holds one ring element, little-endian."""
+        for size in (1, 2, 4):
+            if self.ring_bits <= 8 * size:
+                return np.dtype(f"<u{size}")
+        return np.dtype("<u8")
+
+    @property
+    def packed_bytes(self) -> int:
+        """Bytes of the packed vector on the wire."""
+        return -(-self.lane.length * self.ring_bits // 8)
+
+    def reduce(self, words: Words) -> Words:
+        """Reduce ``words`` from the word to the ring, in place."""
+        if self.ring_bits < 8 * self.word.itemsize:
+            words &= words.dtype.type((1 << self.ring_bits) - 1)
+        return words
+
+    def lift(self, words: Words) -> npt.NDArray[np.int64]:
+        """The integers that reduced ring elements stand for: centred around 0 for a signed lane, from 0 up for counts."""
+        wide = words.astype(np.uint64)
+        if self.lane.signed and self.ring_bits < 64:
+            half, modulus = np.uint64(1 << (self.ring_bits - 1)), np.uint64(1 << self.ring_bits)
+            return np.where(wide >= half, wide - modulus, wide).view(np.int64)
+        return wide.view(np.int64)

@@ -1,0 +1,208 @@
+"""What a round is: cohort, thresholds, lanes, and the context that binds everything to them.
+
+Each side builds these parameters from its OWN copies of the consortium's manifest, the global model and the roster.
+They are never taken from a message: whoever was shown something else arrives at another ``context``, and then no
+signature verifies, no ciphertext opens and no mask cancels.
+
+Thresholds (protocol section 3).  n: cohort size, t: threshold, c: number of sites that may collude with the coordinator.
+To show one site as alive to some and as dropped to others, a lying coordinator needs t shares of each kind; honest
+sites give one kind only, colluding ones both, so at most n + c shares exist: 2t > n + c rules it out.  A released sum
+covers at least c + 2 sites, so that it hides each honest one among at least two.
+"""
+
+import struct
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from hashlib import sha256
+from types import MappingProxyType
+from typing import Final, Self
+
+from secureagg import labels
+from secureagg.errors import ParameterError
+from secureagg.identity import Roster, SiteId
+from secureagg.lanes import CANARY, CLIPPED, WEIGHT, Counts, FixedPoint, Lane, RingLane
+
+MINIMUM_COHORT: Final = 3
+MAXIMUM_COHORT: Final = 1000  # on the complete graph, whose shares grow with the square of the cohort
+DIGEST_BYTES: Final = 32
+
+
+def default_threshold(cohort_size: int) -> int:
+    """floor(2n/3) + 1."""
+    return 2 * cohort_size // 3 + 1
+
+
+def largest_max_corrupt(cohort_size: int, threshold: int) -> int:
+    """The largest c with 2t > n + c and t >= c + 2; negative if even c = 0 has none."""
+    return min(2 * threshold - cohort_size - 1, threshold - 2)
+
+
+def check_thresholds(*, cohort_size: int, threshold: int, max_corrupt: int, minimum_survivors: int) -> None:
+    """Raise ParameterError, with the inequality and its numbers, unless the four numbers are safe together."""
+    n, t, c, h = cohort_size, threshold, max_corrupt, minimum_survivors
+    if not MINIMUM_COHORT <= n <= MAXIMUM_COHORT:
+        raise ParameterError(f"cohort: found {n} sites, expected {MINIMUM_COHORT} to {MAXIMUM_COHORT}")
+    if c < 0:
+        raise ParameterError(f"max_corrupt: found {c}, expected 0 or more")
+    if t > n:
+        raise ParameterError(f"threshold: found {t}, expected at most the cohort size {n}")
+    if 2 * t <= n + c:
+        raise ParameterError(
+            f"threshold: found 2t = 2 x {t} = {2 * t}, expected above n + c = {n} + {c} = {n + c}; otherwise a lying "
+            "coordinator can show one site as alive to some and as dropped to others"
+        )
+    if h < max(t, c + 2):
+        raise ParameterError(
+            f"minimum_survivors: found {h}, expected at least max(threshold, max_corrupt + 2) = {max(t, c + 2)}; otherwise "
+            "a released sum may have a single honest member"
+        )
+    if h > n:
+        raise ParameterError(f"minimum_survivors: found {h}, expected at most the cohort size {n}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class RoundParameters:
+    """Everything both sides must agree on before a round; built with ``create``, which derives and checks it.
+
+    ``consortium``: names the consortium and its manifest; ``run``: one training run; ``round_number``: from 1.
+    ``cohort``: the round's sites in order of name, each one's Shamir coordinate being its position, from 1.
+    ``lanes``: lane name -> lane and ring, in the order in which they travel.  ``model_digest``: SHA-256 of the global model.
+    """
+
+    consortium: str
+    run: str
+    round_number: int
+    roster: Roster
+    cohort: tuple[SiteId, ...]
+    threshold: int
+    max_corrupt: int
+    minimum_survivors: int
+    lanes: Mapping[str, RingLane]
+    max_weight: int | None
+    model_digest: bytes = field(repr=False)
+
+    @classmethod
+    def create(
+        cls,
+        *,
+        consortium: str,
+        run: str,
+        round_number: int,
+        roster: Roster,
+        cohort: Iterable[SiteId],
+        lanes: Iterable[Lane],
+        model_digest: bytes,
+        max_weight: int | None = None,
+        threshold: int | None = None,
+        max_corrupt: int | None = None,
+        minimum_survivors: int | None = None,
+    ) -> Self:
+        """Derive what is not given, add the canary, weight and clip-count lanes, and check the whole.
+
+        Defaults: threshold floor(2n/3) + 1; max_corrupt the largest that it allows; minimum_survivors
+        max(threshold, max_corrupt + 2).  Raises ParameterError for a round that is unsafe or could wrap.
+        """
+        members = list(cohort)
+        names = tuple(sorted(members))
+        if len(set(names)) != len(members):
+            raise ParameterError(f"cohort: {len(members)} sites, only {len(set(names))} of them different")
+        # Stops Sybil sites: nobody outside the pinned roster can be counted towards a threshold.
+        if strangers := [site for site in names if site not in roster]:
+            raise ParameterError(f"cohort: {', '.join(strangers)} not in the roster of {len(roster)} sites")
+        n = len(names)
+        t = default_threshold(n) if threshold is None else threshold
+        c = largest_max_corrupt(n, t) if max_corrupt is None else max_corrupt
+        h = max(t, c + 2) if minimum_survivors is None else minimum_survivors
+        check_thresholds(cohort_size=n, threshold=t, max_corrupt=c, minimum_survivors=h)
+        if not 1 <= round_number < 1 << 63:
+            raise ParameterError(f"round number: found {round_number}, expected 1 or more")
+        if len(model_digest) != DIGEST_BYTES:
+            raise ParameterError(f"model digest: {len(model_digest)} bytes, expected {DIGEST_BYTES}")
+        if max_weight is not None and max_weight < 1:
+            raise ParameterError(f"max_weight: found {max_weight}, expected 1 or more")
+        return cls(
+            consortium=consortium,
+            run=run,
+            round_number=round_number,
+            roster=roster,
+            cohort=names,
+            threshold=t,
+            max_corrupt=c,
+            minimum_survivors=h,
+            lanes=_ring_lanes(lanes, cohort_size=n, max_weight=max_weight),
+            max_weight=max_weight,
+            model_digest=model_digest,
+        )
+
+    @cached_property
+    def digest(self) -> bytes:
+        """SHA-256 over thresholds, weights and lanes."""
+        parts = [
+            struct.pack("<4q", self.threshold, self.max_corrupt, self.minimum_survivors, self.max_weight or 0),
+            *(part for ring_lane in self.lanes.values() for part in _lane_parts(ring_lane)),
+        ]
+        return sha256(labels.frame(labels.PARAMETERS, *parts)).digest()
+
+    @cached_property
+    def context(self) -> bytes:
+        """The 32 bytes that every signature, key derivation and ciphertext of the round is bound to."""
+        # Stops a coordinator that shows other parameters, another model, roster or cohort, or messages of another round,
+        # to some of the sites.
+        return sha256(
+            labels.frame(
+                labels.CONTEXT,
+                self.consortium.encode(),
+                self.run.encode(),
+                self.round_number.to_bytes(8, "little"),
+                self.digest,
+                self.model_digest,
+                self.roster.digest,
+                *(site.encode() for site in self.cohort),
+            )
+        ).digest()
+
+    @cached_property
+    def positions(self) -> Mapping[SiteId, int]:
+        """Site -> Shamir coordinate, from 1: coordinate 0 would be the secret itself."""
+        return MappingProxyType({site: index for index, site in enumerate(self.cohort, start=1)})
+
+    @cached_property
+    def packed_bytes(self) -> int:
+        """Bytes of one site's packed lanes."""
+        return sum(ring_lane.packed_bytes for ring_lane in self.lanes.values())
+
+
+def _ring_lanes(lanes: Iterable[Lane], *, cohort_size: int, max_weight: int | None) -> Mapping[str, RingLane]:
+    own = list(lanes)
+    # A canary in a ring of full width: unless every mask cancelled, it differs from the number of survivors, but for a
+    # chance of 2^-64.
+    added = [Lane(name=CANARY, length=1, encoding=Counts(maximum=1), minimum_ring_bits=64)]
+    if max_weight is not None:
+        added.append(Lane(name=WEIGHT, length=1, encoding=Counts(maximum=max_weight)))
+    for lane in own:
+        if lane.name in (CANARY, WEIGHT) or lane.name.endswith(CLIPPED):
+            raise ParameterError(f"lane {lane.name}: this name is the protocol's own")
+        if lane.weighted and max_weight is None:
+            raise ParameterError(f"lane {lane.name}: weighted, but the round has no max_weight")
+        if isinstance(lane.encoding, FixedPoint) and lane.encoding.clip:
+            added.append(Lane(name=lane.name + CLIPPED, length=1, encoding=Counts(maximum=lane.length)))
+    if not own:
+        raise ParameterError("lanes: found none, expected at least one")
+    ordered = sorted([*own, *added], key=lambda lane: lane.name)
+    if len({lane.name for lane in ordered}) != len(ordered):
+        raise ParameterError(f"lanes: names repeat in {[lane.name for lane in ordered]}")
+    return MappingProxyType(
+        {lane.name: RingLane.for_cohort(lane, cohort_size=cohort_size, max_weight=max_weight or 1) for lane in ordered}
+    )
+
+
+def _lane_parts(ring_lane: RingLane) -> tuple[bytes, ...]:
+    lane = ring_lane.lane
+    match lane.encoding:
+        case FixedPoint(value_range=value_range, value_bits=value_bits, clip=clip):
+            encoding = b"fixed-point" + struct.pack("<dq?", value_range, value_bits, clip)
+        case Counts(maximum=maximum):
+            encoding = b"counts" + struct.pack("<q", maximum)
+    numbers = struct.pack("<qq?", lane.length, ring_lane.ring_bits, lane.weighted)
+    return lane.name.encode(), numbers, encoding
