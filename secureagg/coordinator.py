@@ -1,0 +1,329 @@
+"""The summing side of one round.  It may lie, so nothing here protects a site: the participant's checks do.
+
+    AdvertisingKeys -> SharingKeys -> CollectingMaskedInputs -> CheckingConsistency -> Unmasking
+                    -> CoordinatorFinished, or Aborted
+
+What an honest coordinator checks, it checks so that one bad site cannot spoil the round for the others: a bad message
+is refused with the state unchanged.  A phase ends when everyone still expected has answered, or when ``close_phase`` says
+that the time is up; then the round goes on with those who answered, or ends without a release.
+"""
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from hashlib import sha256
+from typing import Any, Final
+
+import numpy as np
+
+from secureagg import labels
+from secureagg.agreement import KeyPair, pairwise_mask_key, self_mask_key
+from secureagg.codec import check_signature, encode
+from secureagg.encoding import decode_total
+from secureagg.errors import (
+    AuthenticationFailed,
+    DuplicateMessage,
+    MalformedMessage,
+    ParameterError,
+    RoundAborted,
+    SecureAggregationError,
+    ThresholdNotMet,
+    UnexpectedMessage,
+)
+from secureagg.identity import SiteId, verify
+from secureagg.lanes import CANARY, WEIGHT, Words
+from secureagg.masking import MaskKey, apply_masks, pairwise_sign
+from secureagg.messages import (
+    CohortKeys,
+    EncryptedShares,
+    KeyAdvertisement,
+    MaskedInput,
+    RoundFailed,
+    RoundReceipt,
+    ShareDelivery,
+    SurvivorList,
+    SurvivorSignature,
+    ToCoordinator,
+    ToSite,
+    UnmaskRequest,
+    UnmaskShares,
+    named,
+)
+from secureagg.packing import unpack
+from secureagg.parameters import DIGEST_BYTES, RoundParameters
+from secureagg.participant import input_digest, seed_commitment
+from secureagg.phases import (
+    Aborted,
+    AdvertisingKeys,
+    Aggregate,
+    CheckingConsistency,
+    CollectingMaskedInputs,
+    CollectingPhase,
+    CoordinatorFinished,
+    CoordinatorPhase,
+    SharingKeys,
+    Unmasking,
+)
+from secureagg.shamir import check_share, lagrange_coefficients, reconstruct
+
+__all__ = ["Aggregate", "Coordinator", "Outbound"]
+
+
+@dataclass(frozen=True, slots=True)
+class Outbound:
+    """A message and the site it is for."""
+
+    recipient: SiteId
+    message: ToSite
+
+
+class Coordinator:
+    """One round, summed: collects masked inputs and releases their exact sum or nothing."""
+
+    def __init__(self, *, parameters: RoundParameters) -> None:
+        self._parameters = parameters
+        self._phase: CoordinatorPhase = AdvertisingKeys()
+        self._gone: set[SiteId] = set()
+
+    @property
+    def phase(self) -> CoordinatorPhase:
+        """The current phase."""
+        return self._phase
+
+    @property
+    def expected(self) -> frozenset[SiteId]:
+        """The sites whose message the current phase still waits for."""
+        match self._phase:
+            case AdvertisingKeys():
+                asked: Iterable[SiteId] = self._parameters.cohort
+            case SharingKeys(advertisements=advertisements):
+                asked = advertisements
+            case CollectingMaskedInputs(commitments=commitments):
+                asked = commitments
+            case CheckingConsistency(survivors=survivors):
+                asked = (site for site, _ in survivors.survivors)
+            case Unmasking(signers=signers):
+                asked = signers
+            case _:
+                return frozenset()
+        return frozenset(asked) - self._phase.received.keys() - self._gone
+
+    def receive(self, message: ToCoordinator, *, sender: SiteId) -> list[Outbound]:
+        """Take one message of ``sender``, the peer that the transport authenticated; returns what to send.
+
+        Raises RemoteProtocolError, naming the sender, for a message that is refused; the state is unchanged then.
+        """
+        phase = self._phase
+        who = f"participant {sender}, {type(phase).__name__}"
+        if message.sender != sender:
+            raise AuthenticationFailed(f"{who}: found a message signed as {message.sender}, expected {sender}")
+        if message.context != self._parameters.context:
+            raise UnexpectedMessage(f"{who}: {type(message).__name__} of another round, model or parameters")
+        handler = _COLLECTORS.get((type(phase), type(message)))
+        if handler is None or isinstance(phase, CoordinatorFinished | Aborted):
+            raise UnexpectedMessage(f"{who}: found {type(message).__name__}, which has no place in this phase")
+        if sender in phase.received:
+            raise DuplicateMessage(f"{who}: a second {type(message).__name__}")
+        if sender not in self.expected:
+            raise UnexpectedMessage(f"{who}: {type(message).__name__} of a site that this phase does not wait for")
+        check_signature(message, self._parameters.roster[sender].signing_key)
+        handler(self, phase, message, who)
+        return [] if self.expected else self._end_phase(phase)
+
+    def drop(self, site: SiteId) -> list[Outbound]:
+        """Stop waiting for ``site``: it left or its connection is gone; returns what to send if that ends the phase."""
+        self._gone.add(site)
+        if isinstance(self._phase, CoordinatorFinished | Aborted) or self.expected:
+            return []
+        return self._end_phase(self._phase)
+
+    def close_phase(self) -> list[Outbound]:
+        """The phase's time is up: go on with those who answered, or abort; returns what to send."""
+        if isinstance(self._phase, CoordinatorFinished | Aborted):
+            return []
+        return self._end_phase(self._phase)
+
+    # --- collecting: check one message, then remember it ---
+
+    def _collect_advertisement(self, phase: AdvertisingKeys, message: KeyAdvertisement, who: str) -> None:
+        used = {key for item in phase.received.values() for key in (item.mask_key, item.channel_key)}
+        keys = {message.mask_key, message.channel_key}
+        # Stops a site that copies a peer's key, which every other site would refuse the round for.
+        if len(keys) != 2 or keys & used:
+            raise AuthenticationFailed(f"{who}: a key that is advertised twice")
+        probe = KeyPair(bytes(range(32)))
+        for name, key in (("mask", message.mask_key), ("channel", message.channel_key)):
+            probe.agree(key, who=f"{who}: {name} key")
+        phase.received[message.sender] = message
+
+    def _collect_shares(self, phase: SharingKeys, message: EncryptedShares, who: str) -> None:
+        recipients = named(message.ciphertexts, who=who).keys()
+        if recipients != phase.advertisements.keys() - {message.sender}:
+            raise MalformedMessage(f"{who}: shares for {len(recipients)} peers, expected {len(phase.advertisements) - 1}")
+        if len(message.commitment) != DIGEST_BYTES:
+            raise MalformedMessage(f"{who}: a commitment of {len(message.commitment)} bytes, expected {DIGEST_BYTES}")
+        phase.received[message.sender] = message
+
+    def _collect_input(self, phase: CollectingMaskedInputs, message: MaskedInput, who: str) -> None:
+        # Everything is checked and unpacked before the first lane is added: a refused input leaves no trace in the sum.
+        for index, (chunk, digest) in enumerate(zip(message.chunks, message.chunk_digests, strict=True)):
+            if len(chunk) > MaskedInput.CHUNK_BYTES or sha256(chunk).digest() != digest:
+                raise AuthenticationFailed(f"{who}: chunk {index} is not the one that was signed")
+        packed = memoryview(b"".join(message.chunks))
+        if len(packed) != self._parameters.packed_bytes:
+            raise MalformedMessage(f"{who}: {len(packed)} bytes of lanes, expected {self._parameters.packed_bytes}")
+        vectors: dict[str, Words] = {}
+        for name, ring_lane in self._parameters.lanes.items():
+            vectors[name] = unpack(ring_lane, packed[: ring_lane.packed_bytes], who=who)
+            packed = packed[ring_lane.packed_bytes :]
+        for name, words in vectors.items():
+            np.add(phase.sums[name], words, out=phase.sums[name])
+        phase.received[message.sender] = input_digest(message.chunk_digests)
+
+    def _collect_signature(self, phase: CheckingConsistency, message: SurvivorSignature, who: str) -> None:
+        key = self._parameters.roster[message.sender].signing_key
+        signed = encode(phase.survivors)[0]
+        verify(key, message.list_signature, labels.SURVIVORS, self._parameters.context, signed, who=who)
+        phase.received[message.sender] = message.list_signature
+
+    def _collect_unmask_shares(self, phase: Unmasking, message: UnmaskShares, who: str) -> None:
+        survivors = {site for site, _ in phase.survivors.survivors}
+        for what, found, expected in (
+            ("self-seed", message.self_seed_shares, survivors),
+            ("mask-key", message.mask_key_shares, phase.commitments.keys() - survivors),
+        ):
+            shares = named(found, who=who)
+            if shares.keys() != expected:
+                raise MalformedMessage(f"{who}: {what} shares of {len(shares)} sites, expected {len(expected)}")
+            for site, value in shares.items():
+                check_share(value, who=f"{who}: {what} share of {site}")
+        phase.received[message.sender] = message
+
+    # --- ending a phase: go on with those who answered ---
+
+    def _end_phase(self, phase: CollectingPhase) -> list[Outbound]:
+        try:
+            self._phase, outbound = self._next(phase)
+        except SecureAggregationError as error:
+            self._phase = Aborted(error)
+            return self._to(self._parameters.cohort, RoundFailed(context=self._parameters.context, code=error.code))
+        return outbound
+
+    def _next(self, phase: CollectingPhase) -> tuple[CoordinatorPhase, list[Outbound]]:
+        context, received = self._parameters.context, sorted(phase.received)
+        # The signatures and unmask shares need the threshold only; until then a set is formed that the sum is over.
+        forming = isinstance(phase, AdvertisingKeys | SharingKeys | CollectingMaskedInputs)
+        needed = self._parameters.minimum_survivors if forming else self._parameters.threshold
+        if len(received) < needed:
+            raise ThresholdNotMet(
+                f"coordinator, {type(phase).__name__}: {len(received)} of {len(self._parameters.cohort)} sites answered, "
+                f"expected at least {needed}"
+            )
+        match phase:
+            case AdvertisingKeys():
+                advertisements = {site: phase.received[site] for site in received}
+                keys = CohortKeys(context=context, advertisements=tuple(advertisements.values()))
+                return SharingKeys(advertisements), self._to(received, keys)
+            case SharingKeys():
+                delivered = {site: dict(phase.received[site].ciphertexts) for site in received}
+                outbound = [
+                    Outbound(
+                        site,
+                        ShareDelivery(
+                            context=context,
+                            ciphertexts=tuple((sender, delivered[sender][site]) for sender in received if sender != site),
+                        ),
+                    )
+                    for site in received
+                ]
+                return self._collecting(phase), outbound
+            case CollectingMaskedInputs(mask_keys=mask_keys, commitments=commitments, sums=sums):
+                survivors = SurvivorList(context=context, survivors=tuple((site, phase.received[site]) for site in received))
+                return CheckingConsistency(mask_keys, commitments, sums, survivors), self._to(received, survivors)
+            case CheckingConsistency(mask_keys=mask_keys, commitments=commitments, sums=sums, survivors=survivors):
+                request = UnmaskRequest(
+                    context=context, list_signatures=tuple((site, phase.received[site]) for site in received)
+                )
+                unmasking = Unmasking(mask_keys, commitments, sums, survivors, frozenset(received))
+                return unmasking, self._to(received, request)
+            case Unmasking():
+                aggregate = self._unmask(phase)
+                receipt = RoundReceipt(
+                    context=context,
+                    survivors=len(aggregate.survivors),
+                    canary=int(aggregate.totals[CANARY][0]),
+                    aggregate_digest=aggregate.digest,
+                )
+                return CoordinatorFinished(aggregate), self._to(received, receipt)
+
+    def _collecting(self, phase: SharingKeys) -> CollectingMaskedInputs:
+        return CollectingMaskedInputs(
+            mask_keys={site: phase.advertisements[site].mask_key for site in phase.received},
+            commitments={site: message.commitment for site, message in phase.received.items()},
+            sums={name: np.zeros(lane.lane.length, lane.word) for name, lane in self._parameters.lanes.items()},
+        )
+
+    def _unmask(self, phase: Unmasking) -> Aggregate:
+        """Remove from the sum every survivor's self mask and the dropouts' pairwise masks; release it if the canary holds."""
+        parameters = self._parameters
+        survivors = tuple(site for site, _ in phase.survivors.survivors)
+        dropouts = sorted(phase.commitments.keys() - set(survivors))
+        # Every secret is reconstructed from the same holders, so one set of coefficients serves all.
+        holders = sorted(phase.received)[: parameters.threshold]
+        coefficients = lagrange_coefficients([parameters.positions[holder] for holder in holders])
+        seed_shares = {parameters.positions[holder]: dict(phase.received[holder].self_seed_shares) for holder in holders}
+        key_shares = {parameters.positions[holder]: dict(phase.received[holder].mask_key_shares) for holder in holders}
+
+        seeds: dict[SiteId, bytes] = {}
+        for site in survivors:
+            who = f"self seed of {site}, from the shares of {', '.join(holders)}"
+            seeds[site] = reconstruct({at: shares[site] for at, shares in seed_shares.items()}, coefficients, who=who)
+            # Stops a bad share from turning into a wrong sum.
+            if seed_commitment(parameters, site, seeds[site]) != phase.commitments[site]:
+                raise AuthenticationFailed(f"{who}: not the seed that the site committed to")
+        secrets: dict[SiteId, dict[SiteId, bytes]] = {}
+        for site in dropouts:
+            who = f"mask key of {site}, from the shares of {', '.join(holders)}"
+            key = KeyPair(reconstruct({at: shares[site] for at, shares in key_shares.items()}, coefficients, who=who))
+            if key.public != phase.mask_keys[site]:
+                raise AuthenticationFailed(f"{who}: not the key that the site advertised")
+            secrets[site] = {peer: key.agree(phase.mask_keys[peer], who=f"mask key of {peer}") for peer in survivors}
+
+        totals, means = {}, {}
+        for name, ring_lane in parameters.lanes.items():
+            masks: list[MaskKey] = []
+            for site, seed in seeds.items():
+                masks.append((self_mask_key(parameters, seed, lane=name, site=site), -1))
+            for dropout, agreed in secrets.items():
+                for peer, secret in agreed.items():
+                    key_bytes = pairwise_mask_key(parameters, secret, lane=name, one=dropout, other=peer)
+                    masks.append((key_bytes, -pairwise_sign(peer, dropout)))
+            words = phase.sums[name].copy()
+            apply_masks(words, masks)
+            totals[name] = ring_lane.lift(ring_lane.reduce(words))
+        # Stops a sum in which any mask is left, whatever the reason: nothing is released.
+        if int(totals[CANARY][0]) != len(survivors):
+            raise RoundAborted(f"coordinator, Unmasking: the canary lane does not equal the {len(survivors)} survivors")
+        weight = int(totals[WEIGHT][0]) if WEIGHT in totals else None
+        try:
+            for name, ring_lane in parameters.lanes.items():
+                means[name] = decode_total(ring_lane, totals[name], survivors=len(survivors), weight=weight)
+        except ParameterError as error:
+            raise RoundAborted(f"coordinator, Unmasking: {error}") from error
+        parts = [part for name, total in totals.items() for part in (name.encode(), total.astype("<i8").tobytes())]
+        digest = sha256(labels.frame(labels.AGGREGATE, parameters.context, *parts)).digest()
+        return Aggregate(totals=totals, means=means, survivors=survivors, digest=digest)
+
+    @staticmethod
+    def _to(recipients: Iterable[SiteId], message: ToSite) -> list[Outbound]:
+        return [Outbound(recipient, message) for recipient in recipients]
+
+
+_Collector = Callable[[Coordinator, Any, Any, str], None]
+
+_COLLECTORS: Final[dict[tuple[type, type], _Collector]] = {
+    (AdvertisingKeys, KeyAdvertisement): Coordinator._collect_advertisement,
+    (SharingKeys, EncryptedShares): Coordinator._collect_shares,
+    (CollectingMaskedInputs, MaskedInput): Coordinator._collect_input,
+    (CheckingConsistency, SurvivorSignature): Coordinator._collect_signature,
+    (Unmasking, UnmaskShares): Coordinator._collect_unmask_shares,
+}

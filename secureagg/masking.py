@@ -1,0 +1,51 @@
+"""Self masks and pairwise masks over one lane.
+
+A masked input is  x_u + self_u + sum over v < u of p_uv - sum over v > u of p_uv  in the lane's ring: the site with the
+larger name adds the mask that two sites share, the one with the smaller name subtracts it, so that the sum over both
+contains it no more (Bonawitz et al., CCS 2017, section 4).  Rings are powers of two and masks are uniform words, so a
+masked input is uniform whatever x_u is.
+"""
+
+from collections.abc import Iterable, Mapping
+
+import numpy as np
+
+from secureagg.agreement import pairwise_mask_key, self_mask_key
+from secureagg.identity import SiteId
+from secureagg.keystream import Keystream, block_words
+from secureagg.lanes import Words
+from secureagg.parameters import RoundParameters
+
+MaskKey = tuple[bytes, int]  # a 32-byte AES key, and +1 to add its keystream or -1 to subtract it
+
+
+def pairwise_sign(site: SiteId, neighbour: SiteId) -> int:
+    """+1 if ``site`` adds the mask it shares with ``neighbour``, -1 if it subtracts it."""
+    return 1 if site > neighbour else -1
+
+
+def masks_of_input(
+    parameters: RoundParameters, *, site: SiteId, lane: str, self_seed: bytes, secrets: Mapping[SiteId, bytes]
+) -> list[MaskKey]:
+    """What ``site`` adds to one lane: its self mask, and a pairwise mask for each neighbour's agreed secret."""
+    masks = [(self_mask_key(parameters, self_seed, lane=lane, site=site), 1)]
+    for neighbour, secret in secrets.items():
+        key = pairwise_mask_key(parameters, secret, lane=lane, one=site, other=neighbour)
+        masks.append((key, pairwise_sign(site, neighbour)))
+    return masks
+
+
+def apply_masks(words: Words, masks: Iterable[MaskKey]) -> None:
+    """Add or subtract each mask's keystream to ``words`` in place, modulo the word; the caller reduces to the ring."""
+    streams = [(Keystream(key), sign) for key, sign in masks]
+    block = block_words(words.dtype)
+    buffer = np.empty(min(block, len(words)), words.dtype)
+    for start in range(0, len(words), block):
+        target = words[start : start + block]
+        mask = buffer[: len(target)]
+        for stream, sign in streams:
+            stream.fill(mask)
+            if sign > 0:
+                target += mask
+            else:
+                target -= mask

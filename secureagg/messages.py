@@ -1,0 +1,124 @@
+"""What crosses the wire, in order.  Site messages carry the sender and its signature; the coordinator's carry none.
+
+The coordinator's word is never trusted, so its messages need no signature of their own: each is either checked against
+what the site knows, or consists of things that other sites signed.  Fields named ``context`` hold the round's 32-byte
+context; a signature covers the whole message but itself.
+"""
+
+from typing import ClassVar
+
+import msgspec
+
+from secureagg.errors import MalformedMessage
+from secureagg.identity import SIGNATURE_BYTES, SiteId
+
+Named = tuple[tuple[SiteId, bytes], ...]
+
+
+class Message(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True, kw_only=True):
+    """Base of all messages: an immutable record, encoded as an array that starts with its type's tag."""
+
+    context: bytes
+
+
+class SiteMessage(Message, frozen=True, array_like=True, forbid_unknown_fields=True, kw_only=True):
+    """Base of what a site sends to the coordinator."""
+
+    sender: SiteId
+    signature: bytes = b""
+
+
+class KeyAdvertisement(SiteMessage, frozen=True, tag="key-advertisement", array_like=True, kw_only=True):
+    """Message 0: the site's fresh X25519 public keys for masks and for channels, 32 bytes each."""
+
+    mask_key: bytes
+    channel_key: bytes
+
+
+class CohortKeys(Message, frozen=True, tag="cohort-keys", array_like=True, kw_only=True):
+    """The coordinator relays every advertisement it accepted."""
+
+    advertisements: tuple[KeyAdvertisement, ...]
+
+
+class EncryptedShares(SiteMessage, frozen=True, tag="encrypted-shares", array_like=True, kw_only=True):
+    """Message 1: for each peer, the sealed shares of the mask secret key and of the self seed; the seed's commitment."""
+
+    commitment: bytes
+    ciphertexts: Named
+
+
+class ShareDelivery(Message, frozen=True, tag="share-delivery", array_like=True, kw_only=True):
+    """The coordinator relays to one site what each other sharer sealed for it."""
+
+    ciphertexts: Named
+
+
+class MaskedInput(SiteMessage, frozen=True, tag="masked-input", array_like=True, kw_only=True):
+    """Message 2: the packed lanes under the sender's masks, cut into chunks; the signature covers the chunks' digests.
+
+    The chunks travel as raw frames behind the message; they are empty in its encoding.
+    """
+
+    CHUNK_BYTES: ClassVar[int] = 1 << 20
+
+    chunk_digests: tuple[bytes, ...]
+    chunks: tuple[bytes, ...] = ()
+
+
+class SurvivorList(Message, frozen=True, tag="survivor-list", array_like=True, kw_only=True):
+    """Whose masked inputs the coordinator has: site -> digest of its input, in order of name."""
+
+    survivors: Named
+
+
+class SurvivorSignature(SiteMessage, frozen=True, tag="survivor-signature", array_like=True, kw_only=True):
+    """Message 3: the site's one signature of the round on a survivor list."""
+
+    list_signature: bytes
+
+
+class UnmaskRequest(Message, frozen=True, tag="unmask-request", array_like=True, kw_only=True):
+    """The survivors' signatures on the list, which prove that all were shown the same one."""
+
+    list_signatures: Named
+
+
+class UnmaskShares(SiteMessage, frozen=True, tag="unmask-shares", array_like=True, kw_only=True):
+    """Message 4: the shares of each survivor's self seed and of each dropout's mask secret key; never both of one site."""
+
+    self_seed_shares: Named
+    mask_key_shares: Named
+
+
+class RoundReceipt(Message, frozen=True, tag="round-receipt", array_like=True, kw_only=True):
+    """Message 5: what the coordinator released."""
+
+    survivors: int
+    canary: int
+    aggregate_digest: bytes
+
+
+class RoundFailed(Message, frozen=True, tag="round-failed", array_like=True, kw_only=True):
+    """The round ended without a release; ``code`` is that of the error."""
+
+    code: str
+
+
+ToCoordinator = KeyAdvertisement | EncryptedShares | MaskedInput | SurvivorSignature | UnmaskShares
+ToSite = CohortKeys | ShareDelivery | SurvivorList | UnmaskRequest | RoundReceipt | RoundFailed
+AnyMessage = ToCoordinator | ToSite
+
+
+def named(pairs: Named, *, who: str) -> dict[SiteId, bytes]:
+    """``pairs`` as a dict; MalformedMessage naming ``who`` unless the names are in strictly ascending order."""
+    names = [name for name, _ in pairs]
+    if any(first >= second for first, second in zip(names, names[1:], strict=False)):
+        raise MalformedMessage(f"{who}: names repeat or are out of order")
+    return dict(pairs)
+
+
+def check_signature_length(signature: bytes, *, who: str) -> None:
+    """Raise MalformedMessage unless ``signature`` has the length of one."""
+    if len(signature) != SIGNATURE_BYTES:
+        raise MalformedMessage(f"{who}: a signature of {len(signature)} bytes, expected {SIGNATURE_BYTES}")

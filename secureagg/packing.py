@@ -1,0 +1,68 @@
+"""Ring elements <-> packed bytes: value i of a b-bit lane is bits i*b to (i+1)*b of one little-endian bit stream.
+
+The last byte is filled up with zero bits.  A group of values that fills whole 64-bit words is the unit of work: for each
+value's place in the group, one shift and one OR over all groups at once.
+"""
+
+from math import gcd
+
+import numpy as np
+
+from secureagg.errors import MalformedMessage
+from secureagg.lanes import RingLane, Words
+
+_U64 = np.dtype("<u8")
+
+
+def pack(ring_lane: RingLane, words: Words) -> bytes:
+    """``ring_lane.packed_bytes`` bytes for ``lane.length`` ring elements, which must already be reduced."""
+    bits = ring_lane.ring_bits
+    if bits == 8 * words.dtype.itemsize:
+        return words.tobytes()
+    per_group, group_words = _group(bits)
+    groups = -(-len(words) // per_group)
+    values = np.zeros(groups * per_group, _U64)
+    values[: len(words)] = words
+    table = values.reshape(groups, per_group)
+    packed = np.zeros((groups, group_words), _U64)
+    for place in range(per_group):
+        word, shift = divmod(place * bits, 64)
+        packed[:, word] |= table[:, place] << np.uint64(shift)
+        if shift + bits > 64:
+            packed[:, word + 1] |= table[:, place] >> np.uint64(64 - shift)
+    return packed.tobytes()[: ring_lane.packed_bytes]
+
+
+def unpack(ring_lane: RingLane, packed: bytes | memoryview, *, who: str) -> Words:
+    """The ring elements of ``packed``; MalformedMessage naming ``who`` unless it is exactly what ``pack`` gives."""
+    bits, length = ring_lane.ring_bits, ring_lane.lane.length
+    if len(packed) != ring_lane.packed_bytes:
+        raise MalformedMessage(
+            f"{who}, lane {ring_lane.lane.name}: {len(packed)} packed bytes, expected {ring_lane.packed_bytes}"
+        )
+    if bits == 8 * ring_lane.word.itemsize:
+        return np.frombuffer(packed, ring_lane.word).copy()
+    if spare := -length * bits % 8:
+        # One vector has one encoding: the filling bits are zero.
+        if packed[-1] >> (8 - spare):
+            raise MalformedMessage(f"{who}, lane {ring_lane.lane.name}: the last {spare} bits are not zero")
+    per_group, group_words = _group(bits)
+    groups = -(-length // per_group)
+    padded = np.zeros(groups * group_words * 8, np.uint8)
+    padded[: len(packed)] = np.frombuffer(packed, np.uint8)
+    table = padded.view(_U64).reshape(groups, group_words)
+    values = np.empty((groups, per_group), ring_lane.word)
+    mask = np.uint64((1 << bits) - 1)
+    for place in range(per_group):
+        word, shift = divmod(place * bits, 64)
+        column = table[:, word] >> np.uint64(shift)
+        if shift + bits > 64:
+            column |= table[:, word + 1] << np.uint64(64 - shift)
+        values[:, place] = column & mask
+    return values.reshape(-1)[:length].copy()
+
+
+def _group(bits: int) -> tuple[int, int]:
+    """The fewest values of ``bits`` bits that fill whole 64-bit words, and how many words they fill."""
+    common = gcd(bits, 64)
+    return 64 // common, bits // common

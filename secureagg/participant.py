@@ -1,0 +1,385 @@
+"""The site's side of one round: five messages out, and a check before each.
+
+    Created -> AwaitingCohortKeys -> AwaitingShares -> AwaitingInput -> AwaitingSurvivors
+            -> AwaitingUnmaskRequest -> AwaitingReceipt -> ParticipantFinished, or Aborted
+
+Whatever the coordinator sends is checked against what the site knows by itself.  One bad message ends the round for this
+site: the phase becomes ``Aborted``, which holds no secret, and the error is raised.  ``_TRANSITIONS`` is the whole list of
+what may happen when.
+"""
+
+import os
+from collections.abc import Callable
+from hashlib import sha256
+from types import MappingProxyType
+from typing import Any, Final, Protocol
+
+from secureagg import labels
+from secureagg.agreement import KeyPair, open_shares, seal_shares
+from secureagg.codec import check_signature, encode, sign
+from secureagg.encoding import EncodedInput
+from secureagg.errors import (
+    AuthenticationFailed,
+    InconsistentSurvivors,
+    LocalProtocolError,
+    MalformedMessage,
+    ParameterError,
+    RoundAborted,
+    SecureAggregationError,
+    ThresholdNotMet,
+    UnexpectedMessage,
+)
+from secureagg.identity import Entropy, Identity, SiteId, verify
+from secureagg.masking import apply_masks, masks_of_input
+from secureagg.messages import (
+    CohortKeys,
+    EncryptedShares,
+    KeyAdvertisement,
+    MaskedInput,
+    RoundFailed,
+    RoundReceipt,
+    ShareDelivery,
+    SurvivorList,
+    SurvivorSignature,
+    ToCoordinator,
+    ToSite,
+    UnmaskRequest,
+    UnmaskShares,
+    named,
+)
+from secureagg.packing import pack
+from secureagg.parameters import DIGEST_BYTES, RoundParameters
+from secureagg.phases import (
+    Aborted,
+    AwaitingCohortKeys,
+    AwaitingInput,
+    AwaitingReceipt,
+    AwaitingShares,
+    AwaitingSurvivors,
+    AwaitingUnmaskRequest,
+    Created,
+    HeldShares,
+    ParticipantFinished,
+    ParticipantPhase,
+)
+from secureagg.shamir import SECRET_BYTES, SHARE_BYTES, check_share, share
+
+
+_Step = tuple[ParticipantPhase, list[ToCoordinator]]
+
+
+class Journal(Protocol):
+    """What a participant must remember across a crash; each method returns only once the fact is durable."""
+
+    def begin(self, run: str, round_number: int) -> None:
+        """Note that a round begins; RoundReplayed unless its number is above every one begun in this run."""
+
+    def answer(self, run: str, round_number: int) -> None:
+        """Note that the round's unmask request is about to be answered; RoundReplayed if it was before."""
+
+
+class Participant:
+    """One site in one round.
+
+    ``parameters`` are the site's own; ``journal`` outlives the process; ``minimum_survivors`` may raise the
+    round's minimum for this site, never lower it.
+    """
+
+    def __init__(
+        self,
+        *,
+        site: SiteId,
+        identity: Identity,
+        parameters: RoundParameters,
+        journal: Journal,
+        minimum_survivors: int = 0,
+        entropy: Entropy = os.urandom,
+    ) -> None:
+        """Raise ParameterError unless ``site`` is in the cohort under ``identity`` and the cohort can meet its minimum."""
+        if site not in parameters.positions:
+            raise ParameterError(f"participant {site}: not in the round's cohort")
+        if parameters.roster[site].signing_key != identity.public_key:
+            raise ParameterError(f"participant {site}: the roster lists another signing key for this site")
+        # Stops a coordinator that forms a cohort too small for the site's own rule.
+        self._needed = max(parameters.threshold, parameters.minimum_survivors, minimum_survivors)
+        if len(parameters.cohort) < self._needed:
+            raise ThresholdNotMet(
+                f"participant {site}: a cohort of {len(parameters.cohort)} sites, expected at least {self._needed}"
+            )
+        self._site = site
+        self._identity = identity
+        self._parameters = parameters
+        self._journal = journal
+        self._entropy = entropy
+        self._phase: ParticipantPhase = Created()
+        self._input: EncodedInput | None = None
+
+    @property
+    def phase(self) -> ParticipantPhase:
+        """The current phase."""
+        return self._phase
+
+    def start(self) -> list[ToCoordinator]:
+        """Begin the round: returns the key advertisement.  RoundReplayed if the journal knows this round already."""
+        if not isinstance(self._phase, Created):
+            raise LocalProtocolError(f"participant {self._site}: started in phase {self._name()}, expected Created")
+        # Stops a round that is run twice, which would give two answers for one set of inputs.
+        self._journal.begin(self._parameters.run, self._parameters.round_number)
+        mask_key, channel_key = KeyPair.generate(self._entropy), KeyPair.generate(self._entropy)
+        advertisement = self._sign(
+            KeyAdvertisement(
+                context=self._parameters.context,
+                sender=self._site,
+                mask_key=mask_key.public,
+                channel_key=channel_key.public,
+            )
+        )
+        self._phase = AwaitingCohortKeys(mask_key, channel_key, advertisement)
+        return [advertisement]
+
+    def submit(self, encoded: EncodedInput) -> list[ToCoordinator]:
+        """Hand over this round's input, at any time before it is due; returns the masked input once it can be sent.
+
+        ``encoded``: from ``encode_input`` with the same parameters.  A second input is a LocalProtocolError: two inputs
+        under the same masks would reveal their difference.
+        """
+        expecting = isinstance(self._phase, AwaitingCohortKeys | AwaitingShares | AwaitingInput)
+        if not expecting or self._input is not None:
+            raise LocalProtocolError(f"participant {self._site}: an input in phase {self._name()}, expected one before it is due")
+        self._input = encoded
+        return self._advance(self._phase, [])
+
+    def receive(self, message: ToSite) -> list[ToCoordinator]:
+        """Take one message of the coordinator; returns what to send back.
+
+        Raises RemoteProtocolError or RoundAborted when the message is refused; the phase is ``Aborted`` then.
+        """
+        try:
+            if message.context != self._parameters.context:
+                raise UnexpectedMessage(self._who(f"{type(message).__name__} of another round or other parameters"))
+            handler = _TRANSITIONS.get((type(self._phase), type(message)))
+            if handler is None:
+                raise UnexpectedMessage(self._who(f"found {type(message).__name__}, which has no place in this phase"))
+            phase, replies = handler(self, self._phase, message)
+        except SecureAggregationError as error:
+            self._abort(error)
+            raise
+        return self._advance(phase, replies)
+
+    # --- one handler per transition ---
+
+    def _share_secrets(self, phase: AwaitingCohortKeys, message: CohortKeys) -> _Step:
+        """Message 1: check everyone's keys, then share the own secrets among those who advertised."""
+        parameters = self._parameters
+        advertisements = {advertisement.sender: advertisement for advertisement in message.advertisements}
+        if len(advertisements) != len(message.advertisements):
+            raise MalformedMessage(self._who("an advertisement is listed twice"))
+        self._need(len(advertisements), "advertisements")
+        for sender, advertisement in advertisements.items():
+            # Stops Sybil sites outside the cohort.
+            if sender not in parameters.positions:
+                raise UnexpectedMessage(self._who(f"an advertisement of {sender}, who is not in the cohort"))
+            # Stops an advertisement of another round, model or policy.
+            if advertisement.context != parameters.context:
+                raise AuthenticationFailed(self._who(f"the advertisement of {sender} is bound to another context"))
+            # Stops substituted keys (man in the middle): only the identity in the pinned roster can have signed them.
+            check_signature(advertisement, parameters.roster[sender].signing_key)
+        # Stops a coordinator that replaced or dropped this site's own keys in what it shows the others.
+        if advertisements.get(self._site) != phase.advertisement:
+            raise AuthenticationFailed(self._who("the own advertisement is missing or changed"))
+        keys = [key for item in advertisements.values() for key in (item.mask_key, item.channel_key)]
+        # Stops one key in two roles or at two sites, whose masks or channels would coincide.
+        if len(set(keys)) != len(keys):
+            raise AuthenticationFailed(self._who("a key is advertised twice"))
+
+        peers = sorted(advertisements.keys() - {self._site})
+        # Stops keys of low order: ``agree`` refuses them.
+        mask_secrets = {
+            peer: phase.mask_key.agree(advertisements[peer].mask_key, who=self._who(f"mask key of {peer}")) for peer in peers
+        }
+        channel_secrets = {
+            peer: phase.channel_key.agree(advertisements[peer].channel_key, who=self._who(f"channel key of {peer}"))
+            for peer in peers
+        }
+        self_seed = self._entropy(SECRET_BYTES)
+        positions = [parameters.positions[site] for site in sorted(advertisements)]
+        mask_key_shares, seed_shares = (
+            share(secret, threshold=parameters.threshold, positions=positions, entropy=self._entropy)
+            for secret in (phase.mask_key.secret_bytes(), self_seed)
+        )
+        ciphertexts = []
+        for peer in peers:
+            position = parameters.positions[peer]
+            shares = mask_key_shares[position] + seed_shares[position]
+            sealed = seal_shares(parameters, channel_secrets[peer], shares, sender=self._site, recipient=peer)
+            ciphertexts.append((peer, sealed))
+        own = parameters.positions[self._site]
+        reply = EncryptedShares(
+            context=parameters.context,
+            sender=self._site,
+            commitment=seed_commitment(parameters, self._site, self_seed),
+            ciphertexts=tuple(ciphertexts),
+        )
+        own_shares = HeldShares(mask_key_shares[own], seed_shares[own])
+        return AwaitingShares(mask_secrets, channel_secrets, self_seed, own_shares), [self._sign(reply)]
+
+    def _take_shares(self, phase: AwaitingShares, message: ShareDelivery) -> _Step:
+        """Open every peer's shares; whoever sent none has dropped out and gets no pairwise mask."""
+        delivered = named(message.ciphertexts, who=self._who("share delivery"))
+        self._need(len(delivered) + 1, "sharers")
+        held = {self._site: phase.own_shares}
+        for sender, sealed in delivered.items():
+            if sender not in phase.channel_secrets:
+                raise UnexpectedMessage(self._who(f"shares of {sender}, who advertised no keys to this site"))
+            shares = open_shares(
+                self._parameters, phase.channel_secrets[sender], sealed, sender=sender, recipient=self._site
+            )
+            if len(shares) != 2 * SHARE_BYTES:
+                raise MalformedMessage(self._who(f"{len(shares)} bytes of shares from {sender}, expected {2 * SHARE_BYTES}"))
+            held[sender] = HeldShares(shares[:SHARE_BYTES], shares[SHARE_BYTES:])
+            for value in (held[sender].mask_key, held[sender].self_seed):
+                check_share(value, who=self._who(f"share of {sender}"))
+        mask_secrets = {peer: phase.mask_secrets[peer] for peer in delivered}
+        return AwaitingInput(mask_secrets, phase.self_seed, MappingProxyType(held)), []
+
+    def _send_masked_input(self, phase: AwaitingInput, encoded: EncodedInput) -> _Step:
+        """Message 2: the input under the self mask and a pairwise mask with every other sharer."""
+        packed = bytearray()
+        for name, ring_lane in self._parameters.lanes.items():
+            words = encoded.vectors[name].copy()
+            masks = masks_of_input(
+                self._parameters, site=self._site, lane=name, self_seed=phase.self_seed, secrets=phase.mask_secrets
+            )
+            apply_masks(words, masks)
+            packed += pack(ring_lane, ring_lane.reduce(words))
+        step = MaskedInput.CHUNK_BYTES
+        chunks = tuple(bytes(packed[start : start + step]) for start in range(0, len(packed), step))
+        digests = tuple(sha256(chunk).digest() for chunk in chunks)
+        message = MaskedInput(context=self._parameters.context, sender=self._site, chunk_digests=digests, chunks=chunks)
+        return AwaitingSurvivors(phase.held, input_digest(digests)), [self._sign(message)]
+
+    def _sign_survivors(self, phase: AwaitingSurvivors, message: SurvivorList) -> _Step:
+        """Message 3: sign the one list of survivors that this site will help to unmask."""
+        survivors = named(message.survivors, who=self._who("survivor list"))
+        self._need(len(survivors), "survivors")
+        if unknown := survivors.keys() - phase.held.keys():
+            raise InconsistentSurvivors(self._who(f"{', '.join(sorted(unknown))} survived without having shared keys"))
+        # Stops a coordinator that counts another input in this site's name.
+        if survivors.get(self._site) != phase.input_digest:
+            raise InconsistentSurvivors(self._who("the own input is missing from the survivors or is another one"))
+        if any(len(digest) != DIGEST_BYTES for digest in survivors.values()):
+            raise MalformedMessage(self._who(f"an input digest that has not {DIGEST_BYTES} bytes"))
+        signature = self._identity.sign(labels.SURVIVORS, self._parameters.context, encode(message)[0])
+        reply = SurvivorSignature(context=self._parameters.context, sender=self._site, list_signature=signature)
+        return AwaitingUnmaskRequest(phase.held, message), [self._sign(reply)]
+
+    def _reveal_shares(self, phase: AwaitingUnmaskRequest, message: UnmaskRequest) -> _Step:
+        """Message 4: one kind of share for each sharer, once ``threshold`` sites have signed this very list."""
+        parameters = self._parameters
+        survivors = [site for site, _ in phase.survivors.survivors]
+        signatures = named(message.list_signatures, who=self._who("unmask request"))
+        signed = encode(phase.survivors)[0]
+        for signer, signature in signatures.items():
+            if signer not in survivors:
+                raise InconsistentSurvivors(self._who(f"a survivor signature of {signer}, who is not a survivor"))
+            # Stops different survivor lists to different sites, and signatures of another round: with fewer than
+            # ``threshold`` signatures on this list and context nothing is revealed.
+            verify(
+                parameters.roster[signer].signing_key,
+                signature,
+                labels.SURVIVORS,
+                parameters.context,
+                signed,
+                who=self._who(f"survivor signature of {signer}"),
+            )
+        # Any two lists with ``threshold`` signatures each would share an honest signer, who signs one list only.
+        if len(signatures) < parameters.threshold:
+            raise ThresholdNotMet(
+                self._who(f"{len(signatures)} signatures on the survivor list, expected at least {parameters.threshold}")
+            )
+        # Stops a second answer, also after a crash: noted before anything leaves.
+        self._journal.answer(parameters.run, parameters.round_number)
+        # Dropouts are derived here, not taken from a message, so no site can be named as survivor and as dropout:
+        # holding both kinds of share of one site would unmask that site alone.
+        dropouts = sorted(phase.held.keys() - set(survivors))
+        reply = UnmaskShares(
+            context=parameters.context,
+            sender=self._site,
+            self_seed_shares=tuple((site, phase.held[site].self_seed) for site in survivors),
+            mask_key_shares=tuple((site, phase.held[site].mask_key) for site in dropouts),
+        )
+        return AwaitingReceipt(len(survivors)), [self._sign(reply)]
+
+    def _take_receipt(self, phase: AwaitingReceipt, message: RoundReceipt) -> _Step:
+        """Message 5: the coordinator released the sum over the list that was signed, and the masks cancelled in it."""
+        if not message.survivors == message.canary == phase.survivors:
+            raise InconsistentSurvivors(
+                self._who(
+                    f"a receipt for {message.survivors} survivors with canary {message.canary}, expected {phase.survivors}"
+                )
+            )
+        return ParticipantFinished(message), []
+
+    def _take_failure(self, _phase: ParticipantPhase, message: RoundFailed) -> _Step:
+        return Aborted(RoundAborted(self._who(f"the coordinator ended the round ({message.code[:64]!r})"))), []
+
+    # --- helpers ---
+
+    def _advance(self, phase: ParticipantPhase, replies: list[ToCoordinator]) -> list[ToCoordinator]:
+        if isinstance(phase, AwaitingInput) and self._input is not None:
+            phase, more = self._send_masked_input(phase, self._input)
+            replies = [*replies, *more]
+        if not isinstance(phase, AwaitingCohortKeys | AwaitingShares | AwaitingInput):
+            self._input = None
+        self._phase = phase
+        return replies
+
+    def _abort(self, error: SecureAggregationError) -> None:
+        self._phase, self._input = Aborted(error), None
+
+    def _need(self, found: int, what: str) -> None:
+        # Stops a coordinator that shrinks the set a sum is taken over.
+        if found < self._needed:
+            raise ThresholdNotMet(self._who(f"{found} {what}, expected at least {self._needed}"))
+
+    def _sign(self, message: Any) -> Any:
+        return sign(message, self._identity)
+
+    def _name(self) -> str:
+        return type(self._phase).__name__
+
+    def _who(self, found: str) -> str:
+        return f"participant {self._site}, {self._name()}, from the coordinator: {found}"
+
+
+def seed_commitment(parameters: RoundParameters, site: SiteId, seed: bytes) -> bytes:
+    """SHA-256 commitment to a self seed; the seed's 256 random bits hide it."""
+    return sha256(labels.frame(labels.SEED_COMMITMENT, parameters.context, site.encode(), seed)).digest()
+
+
+def input_digest(chunk_digests: tuple[bytes, ...]) -> bytes:
+    """SHA-256 over the digests of a masked input's chunks: what a survivor list names an input by."""
+    return sha256(b"".join(chunk_digests)).digest()
+
+
+_Handler = Callable[[Participant, Any, Any], _Step]
+
+# private access: the table is the class's own, placed behind it so that it can name its methods
+_TRANSITIONS: Final[dict[tuple[type, type], _Handler]] = {
+    (AwaitingCohortKeys, CohortKeys): Participant._share_secrets,
+    (AwaitingShares, ShareDelivery): Participant._take_shares,
+    (AwaitingSurvivors, SurvivorList): Participant._sign_survivors,
+    (AwaitingUnmaskRequest, UnmaskRequest): Participant._reveal_shares,
+    (AwaitingReceipt, RoundReceipt): Participant._take_receipt,
+    **{
+        (phase, RoundFailed): Participant._take_failure
+        for phase in (
+            AwaitingCohortKeys,
+            AwaitingShares,
+            AwaitingInput,
+            AwaitingSurvivors,
+            AwaitingUnmaskRequest,
+            AwaitingReceipt,
+        )
+    },
+}
