@@ -59,13 +59,17 @@ def self_mask_key(parameters: RoundParameters, seed: bytes, *, lane: str, site: 
     return _derive(parameters, seed, labels.SELF_MASK, lane.encode(), site.encode())
 
 
-def seal_shares(parameters: RoundParameters, secret: bytes, shares: bytes, *, sender: SiteId, recipient: SiteId) -> bytes:
+def seal_shares(
+    parameters: RoundParameters, secret: bytes, shares: bytes, *, sender: SiteId, recipient: SiteId
+) -> bytes:
     """Encrypt ``shares`` from ``sender`` to ``recipient``; ``secret`` is what their channel keys agree on."""
     key = _derive(parameters, secret, labels.CHANNEL, sender.encode(), recipient.encode())
     return ChaCha20Poly1305(key).encrypt(_NONCE, shares, _share_context(parameters, sender, recipient))
 
 
-def open_shares(parameters: RoundParameters, secret: bytes, sealed: bytes, *, sender: SiteId, recipient: SiteId) -> bytes:
+def open_shares(
+    parameters: RoundParameters, secret: bytes, sealed: bytes, *, sender: SiteId, recipient: SiteId
+) -> bytes:
     """Decrypt what ``seal_shares`` made; AuthenticationFailed for anything else."""
     key = _derive(parameters, secret, labels.CHANNEL, sender.encode(), recipient.encode())
     try:
@@ -81,5 +85,8 @@ def _share_context(parameters: RoundParameters, sender: SiteId, recipient: SiteI
 
 def _derive(parameters: RoundParameters, secret: bytes, label: bytes, *info: bytes) -> bytes:
     return HKDF(
-        algorithm=SHA256(), length=32, salt=parameters.roster.digest, info=labels.frame(label, parameters.context, *info)
+        algorithm=SHA256(),
+        length=32,
+        salt=parameters.roster.digest,
+        info=labels.frame(label, parameters.context, *info),
     ).derive(secret)

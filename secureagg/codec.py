@@ -17,11 +17,11 @@ from secureagg.messages import AnyMessage, MaskedInput, SiteMessage, ToCoordinat
 HEADER_BYTES: Final = 8 << 20  # a cohort of 1,000 needs 0.2 MB; nothing honest comes near
 
 _encoder = msgspec.msgpack.Encoder()
-_from_site = msgspec.msgpack.Decoder(ToCoordinator)
-_from_coordinator = msgspec.msgpack.Decoder(ToSite)
+_from_site: "msgspec.msgpack.Decoder[ToCoordinator]" = msgspec.msgpack.Decoder(ToCoordinator)
+_from_coordinator: "msgspec.msgpack.Decoder[ToSite]" = msgspec.msgpack.Decoder(ToSite)
 
+_Union = TypeVar("_Union", ToCoordinator, ToSite)
 _Site = TypeVar("_Site", bound=SiteMessage)
-_Any = TypeVar("_Any", bound=AnyMessage)
 
 
 def encode(message: AnyMessage) -> list[bytes]:
@@ -41,7 +41,7 @@ def decode_from_coordinator(frames: Sequence[bytes]) -> ToSite:
     return _decode(_from_coordinator, frames)
 
 
-def _decode(decoder: "msgspec.msgpack.Decoder[_Any]", frames: Sequence[bytes]) -> _Any:
+def _decode(decoder: "msgspec.msgpack.Decoder[_Union]", frames: Sequence[bytes]) -> _Union:
     if not frames:
         raise MalformedMessage("message: no frames")
     header = frames[0]
@@ -51,7 +51,9 @@ def _decode(decoder: "msgspec.msgpack.Decoder[_Any]", frames: Sequence[bytes]) -
     try:
         message = decoder.decode(header)
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError, OverflowError) as error:
-        raise MalformedMessage(f"message: a frame of {len(header)} bytes is not one of the protocol's messages") from error
+        raise MalformedMessage(
+            f"message: a frame of {len(header)} bytes is not one of the protocol's messages"
+        ) from error
     # Stops two encodings of one message: over-long integers, missing defaults, a header that carries chunks.
     if encode(message)[0] != header:
         raise MalformedMessage("message: not in its canonical encoding")

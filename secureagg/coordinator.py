@@ -4,8 +4,8 @@
                     -> CoordinatorFinished, or Aborted
 
 What an honest coordinator checks, it checks so that one bad site cannot spoil the round for the others: a bad message
-is refused with the state unchanged.  A phase ends when everyone still expected has answered, or when ``close_phase`` says
-that the time is up; then the round goes on with those who answered, or ends without a release.
+is refused with the state unchanged.  A phase ends when everyone still expected has answered, or when ``close_phase``
+says that the time is up; then the round goes on with those who answered, or ends without a release.
 """
 
 from collections.abc import Callable, Iterable
@@ -158,7 +158,9 @@ class Coordinator:
     def _collect_shares(self, phase: SharingKeys, message: EncryptedShares, who: str) -> None:
         recipients = named(message.ciphertexts, who=who).keys()
         if recipients != phase.advertisements.keys() - {message.sender}:
-            raise MalformedMessage(f"{who}: shares for {len(recipients)} peers, expected {len(phase.advertisements) - 1}")
+            raise MalformedMessage(
+                f"{who}: shares for {len(recipients)} peers, expected {len(phase.advertisements) - 1}"
+            )
         if len(message.commitment) != DIGEST_BYTES:
             raise MalformedMessage(f"{who}: a commitment of {len(message.commitment)} bytes, expected {DIGEST_BYTES}")
         phase.received[message.sender] = message
@@ -215,8 +217,8 @@ class Coordinator:
         needed = self._parameters.minimum_survivors if forming else self._parameters.threshold
         if len(received) < needed:
             raise ThresholdNotMet(
-                f"coordinator, {type(phase).__name__}: {len(received)} of {len(self._parameters.cohort)} sites answered, "
-                f"expected at least {needed}"
+                f"coordinator, {type(phase).__name__}: {len(received)} of {len(self._parameters.cohort)} sites "
+                f"answered, expected at least {needed}"
             )
         match phase:
             case AdvertisingKeys():
@@ -230,14 +232,18 @@ class Coordinator:
                         site,
                         ShareDelivery(
                             context=context,
-                            ciphertexts=tuple((sender, delivered[sender][site]) for sender in received if sender != site),
+                            ciphertexts=tuple(
+                                (sender, delivered[sender][site]) for sender in received if sender != site
+                            ),
                         ),
                     )
                     for site in received
                 ]
                 return self._collecting(phase), outbound
             case CollectingMaskedInputs(mask_keys=mask_keys, commitments=commitments, sums=sums):
-                survivors = SurvivorList(context=context, survivors=tuple((site, phase.received[site]) for site in received))
+                survivors = SurvivorList(
+                    context=context, survivors=tuple((site, phase.received[site]) for site in received)
+                )
                 return CheckingConsistency(mask_keys, commitments, sums, survivors), self._to(received, survivors)
             case CheckingConsistency(mask_keys=mask_keys, commitments=commitments, sums=sums, survivors=survivors):
                 request = UnmaskRequest(
@@ -263,14 +269,17 @@ class Coordinator:
         )
 
     def _unmask(self, phase: Unmasking) -> Aggregate:
-        """Remove from the sum every survivor's self mask and the dropouts' pairwise masks; release it if the canary holds."""
+        """Remove from the sum every survivor's self mask and the dropouts' pairwise masks; release it if the canary
+        holds."""
         parameters = self._parameters
         survivors = tuple(site for site, _ in phase.survivors.survivors)
         dropouts = sorted(phase.commitments.keys() - set(survivors))
         # Every secret is reconstructed from the same holders, so one set of coefficients serves all.
         holders = sorted(phase.received)[: parameters.threshold]
         coefficients = lagrange_coefficients([parameters.positions[holder] for holder in holders])
-        seed_shares = {parameters.positions[holder]: dict(phase.received[holder].self_seed_shares) for holder in holders}
+        seed_shares = {
+            parameters.positions[holder]: dict(phase.received[holder].self_seed_shares) for holder in holders
+        }
         key_shares = {parameters.positions[holder]: dict(phase.received[holder].mask_key_shares) for holder in holders}
 
         seeds: dict[SiteId, bytes] = {}

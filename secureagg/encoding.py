@@ -86,7 +86,9 @@ def decode_total(
     lane = ring_lane.lane
     divisor = weight if lane.weighted and weight is not None else survivors
     if divisor == 0:
-        raise ParameterError(f"lane {lane.name}: the survivors' weights add up to 0, so their weighted mean is undefined")
+        raise ParameterError(
+            f"lane {lane.name}: the survivors' weights add up to 0, so their weighted mean is undefined"
+        )
     unit = lane.encoding.step if isinstance(lane.encoding, FixedPoint) else 1.0
     return total / divisor * unit
 
@@ -106,7 +108,9 @@ def _encode_fixed_point(
         block = values[start : start + len(draws)].astype(np.float64)
         if not np.isfinite(block).all():
             index = start + int(np.flatnonzero(~np.isfinite(block))[0])
-            raise ValueOutOfRange(f"lane {name}, index {index}: found a value that is not finite, expected finite numbers")
+            raise ValueOutOfRange(
+                f"lane {name}, index {index}: found a value that is not finite, expected finite numbers"
+            )
         outside = np.abs(block) > encoding.value_range
         if outside.any():
             if not encoding.clip:
@@ -134,10 +138,10 @@ def _encode_counts(ring_lane: RingLane, encoding: Counts, values: npt.NDArray[np
     name = ring_lane.lane.name
     if not np.issubdtype(values.dtype, np.integer):
         raise ParameterError(f"lane {name}: found dtype {values.dtype}, expected integers")
-    outside = (values < 0) | (values > encoding.maximum)
+    outside: npt.NDArray[np.bool_] = np.less(values, 0) | np.greater(values, encoding.maximum)
     if outside.any():
         index = int(np.flatnonzero(outside)[0])
-        side = "below 0" if bool(values[index] < 0) else f"above {encoding.maximum}"
+        side = "below 0" if np.less(values[index], 0) else f"above {encoding.maximum}"
         raise ValueOutOfRange(f"lane {name}, index {index}: found a count {side}, expected 0 to {encoding.maximum}")
     return values.astype(ring_lane.word)
 

@@ -33,7 +33,9 @@ def site_id(name: str) -> SiteId:
     Raises ParameterError for anything else: names enter file names, logs and key derivations.
     """
     if not _NAME.fullmatch(name):
-        raise ParameterError(f"site name {name!r}: expected 1 to 64 of a-z 0-9 . _ -, with a letter or digit at both ends")
+        raise ParameterError(
+            f"site name {name!r}: expected 1 to 64 of a-z 0-9 . _ -, with a letter or digit at both ends"
+        )
     return SiteId(name)
 
 
@@ -73,7 +75,8 @@ class Identity:
 
 
 def verify(public_key: bytes, signature: bytes, label: bytes, *parts: bytes, who: str) -> None:
-    """Return if ``signature`` is ``public_key``'s over ``label`` and ``parts``; else AuthenticationFailed naming ``who``."""
+    """Return if ``signature`` is ``public_key``'s over ``label`` and ``parts``; else AuthenticationFailed naming
+    ``who``."""
     try:
         Ed25519PublicKey.from_public_bytes(public_key).verify(signature, labels.frame(label, *parts))
     except (InvalidSignature, ValueError) as error:
@@ -126,7 +129,7 @@ class Roster(Mapping[SiteId, Card]):
         for card in ordered:
             card.check()
         for what, values in (
-            ("site name", [card.site for card in ordered]),
+            ("site name", [str(card.site) for card in ordered]),
             ("signing key", [card.signing_key.hex() for card in ordered]),
             ("transport key", [card.transport_key.hex() for card in ordered]),
         ):
@@ -147,5 +150,7 @@ class Roster(Mapping[SiteId, Card]):
     @cached_property
     def digest(self) -> bytes:
         """SHA-256 over all names and keys in order of name."""
-        parts = [part for card in self._cards.values() for part in (card.site.encode(), card.signing_key, card.transport_key)]
+        parts = [
+            part for card in self._cards.values() for part in (card.site.encode(), card.signing_key, card.transport_key)
+        ]
         return sha256(labels.frame(labels.ROSTER, *parts)).digest()

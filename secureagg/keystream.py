@@ -13,7 +13,8 @@ from cryptography.hazmat.primitives.ciphers.modes import CTR
 
 from secureagg.lanes import Words
 
-# A block of the accumulator stays in cache while every neighbour's keystream passes over it; 16 MiB blocks lose a third.
+# A block of the accumulator stays in cache while every neighbour's keystream passes over it; 16 MiB blocks lose a
+# third.
 BLOCK_BYTES: Final = 256 * 1024
 _ZEROS = bytes(BLOCK_BYTES)
 
@@ -26,7 +27,7 @@ class Keystream:
 
     def fill(self, words: Words) -> None:
         """Overwrite ``words`` (at most BLOCK_BYTES, contiguous) with the next bytes of the stream, little-endian."""
-        raw = memoryview(words).cast("B")
+        raw = words.data.cast("B")
         self._encryptor.update_into(memoryview(_ZEROS)[: len(raw)], raw)
 
 

@@ -85,7 +85,9 @@ class Lane:
         if not 1 <= self.length < 1 << 40:
             raise ParameterError(f"lane {self.name}: found length {self.length}, expected 1 to 2^40 - 1")
         if not MINIMUM_RING_BITS <= self.minimum_ring_bits <= MAXIMUM_RING_BITS:
-            raise ParameterError(f"lane {self.name}: found {self.minimum_ring_bits} minimum ring bits, expected 8 to 64")
+            raise ParameterError(
+                f"lane {self.name}: found {self.minimum_ring_bits} minimum ring bits, expected 8 to 64"
+            )
 
     @property
     def signed(self) -> bool:
@@ -97,8 +99,8 @@ class Lane:
 class RingLane:
     """A lane together with the ring that holds its sum over a given cohort.
 
-    ``word``: the narrowest unsigned little-endian machine word of at least ``ring_bits`` bits.  Arithmetic runs modulo the
-    word and is reduced to the ring at the end: the ring's modulus divides the word's, so the result is the same.
+    ``word``: the narrowest unsigned little-endian machine word of at least ``ring_bits`` bits.  Arithmetic runs modulo
+    the word and is reduced to the ring at the end: the ring's modulus divides the word's, so the result is the same.
     """
 
     lane: Lane
@@ -108,16 +110,16 @@ class RingLane:
     def for_cohort(cls, lane: Lane, *, cohort_size: int, max_weight: int) -> "RingLane":
         """The least ring in which ``cohort_size`` inputs of weight up to ``max_weight`` cannot wrap.
 
-        Raises ParameterError, with the inequality and its numbers, if that takes more than 64 bits, or if the total would
-        not fit a signed 64-bit integer.
+        Raises ParameterError, with the inequality and its numbers, if that takes more than 64 bits, or if the total
+        would not fit a signed 64-bit integer.
         """
         largest = lane.encoding.levels if isinstance(lane.encoding, FixedPoint) else lane.encoding.maximum
         weight = max_weight if lane.weighted else 1
         total = cohort_size * weight * largest
         if total >= 1 << 63:
             raise ParameterError(
-                f"lane {lane.name}: a sum can reach sites x weight x value = {cohort_size} x {weight} x {largest} = {total}, "
-                f"expected below 2^63 = {1 << 63}; use fewer value bits or a smaller largest weight"
+                f"lane {lane.name}: a sum can reach sites x weight x value = {cohort_size} x {weight} x {largest} "
+                f"= {total}, expected below 2^63 = {1 << 63}; use fewer value bits or a smaller largest weight"
             )
         # Signed totals lie in [-total, total], counts in [0, total].
         states = 2 * total + 1 if lane.signed else total + 1
@@ -144,7 +146,8 @@ class RingLane:
         return words
 
     def lift(self, words: Words) -> npt.NDArray[np.int64]:
-        """The integers that reduced ring elements stand for: centred around 0 for a signed lane, from 0 up for counts."""
+        """The integers that reduced ring elements stand for: centred around 0 for a signed lane, from 0 up for
+        counts."""
         wide = words.astype(np.uint64)
         if self.lane.signed and self.ring_bits < 64:
             half, modulus = np.uint64(1 << (self.ring_bits - 1)), np.uint64(1 << self.ring_bits)

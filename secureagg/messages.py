@@ -5,6 +5,7 @@ what the site knows, or consists of things that other sites signed.  Fields name
 context; a signature covers the whole message but itself.
 """
 
+from itertools import pairwise
 from typing import ClassVar
 
 import msgspec
@@ -42,7 +43,8 @@ class CohortKeys(Message, frozen=True, tag="cohort-keys", array_like=True, kw_on
 
 
 class EncryptedShares(SiteMessage, frozen=True, tag="encrypted-shares", array_like=True, kw_only=True):
-    """Message 1: for each peer, the sealed shares of the mask secret key and of the self seed; the seed's commitment."""
+    """Message 1: for each peer, the sealed shares of the mask secret key and of the self seed; the seed's
+    commitment."""
 
     commitment: bytes
     ciphertexts: Named
@@ -85,7 +87,8 @@ class UnmaskRequest(Message, frozen=True, tag="unmask-request", array_like=True,
 
 
 class UnmaskShares(SiteMessage, frozen=True, tag="unmask-shares", array_like=True, kw_only=True):
-    """Message 4: the shares of each survivor's self seed and of each dropout's mask secret key; never both of one site."""
+    """Message 4: the shares of each survivor's self seed and of each dropout's mask secret key; never both of one
+    site."""
 
     self_seed_shares: Named
     mask_key_shares: Named
@@ -113,7 +116,7 @@ AnyMessage = ToCoordinator | ToSite
 def named(pairs: Named, *, who: str) -> dict[SiteId, bytes]:
     """``pairs`` as a dict; MalformedMessage naming ``who`` unless the names are in strictly ascending order."""
     names = [name for name, _ in pairs]
-    if any(first >= second for first, second in zip(names, names[1:], strict=False)):
+    if any(first >= second for first, second in pairwise(names)):
         raise MalformedMessage(f"{who}: names repeat or are out of order")
     return dict(pairs)
 

@@ -1,7 +1,7 @@
 """Ring elements <-> packed bytes: value i of a b-bit lane is bits i*b to (i+1)*b of one little-endian bit stream.
 
-The last byte is filled up with zero bits.  A group of values that fills whole 64-bit words is the unit of work: for each
-value's place in the group, one shift and one OR over all groups at once.
+The last byte is filled up with zero bits.  A group of values that fills whole 64-bit words is the unit of work: for
+each value's place in the group, one shift and one OR over all groups at once.
 """
 
 from math import gcd
@@ -42,10 +42,9 @@ def unpack(ring_lane: RingLane, packed: bytes | memoryview, *, who: str) -> Word
         )
     if bits == 8 * ring_lane.word.itemsize:
         return np.frombuffer(packed, ring_lane.word).copy()
-    if spare := -length * bits % 8:
-        # One vector has one encoding: the filling bits are zero.
-        if packed[-1] >> (8 - spare):
-            raise MalformedMessage(f"{who}, lane {ring_lane.lane.name}: the last {spare} bits are not zero")
+    # One vector has one encoding: the filling bits are zero.
+    if (spare := -length * bits % 8) and packed[-1] >> (8 - spare):
+        raise MalformedMessage(f"{who}, lane {ring_lane.lane.name}: the last {spare} bits are not zero")
     per_group, group_words = _group(bits)
     groups = -(-length // per_group)
     padded = np.zeros(groups * group_words * 8, np.uint8)

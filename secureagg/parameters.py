@@ -4,10 +4,10 @@ Each side builds these parameters from its OWN copies of the consortium's manife
 They are never taken from a message: whoever was shown something else arrives at another ``context``, and then no
 signature verifies, no ciphertext opens and no mask cancels.
 
-Thresholds (protocol section 3).  n: cohort size, t: threshold, c: number of sites that may collude with the coordinator.
-To show one site as alive to some and as dropped to others, a lying coordinator needs t shares of each kind; honest
-sites give one kind only, colluding ones both, so at most n + c shares exist: 2t > n + c rules it out.  A released sum
-covers at least c + 2 sites, so that it hides each honest one among at least two.
+Thresholds (protocol section 3).  n: cohort size, t: threshold, c: number of sites that may collude with the
+coordinator. To show one site as alive to some and as dropped to others, a lying coordinator needs t shares of each
+kind; honest sites give one kind only, colluding ones both, so at most n + c shares exist: 2t > n + c rules it out.  A
+released sum covers at least c + 2 sites, so that it hides each honest one among at least two.
 """
 
 import struct
@@ -54,8 +54,8 @@ def check_thresholds(*, cohort_size: int, threshold: int, max_corrupt: int, mini
         )
     if h < max(t, c + 2):
         raise ParameterError(
-            f"minimum_survivors: found {h}, expected at least max(threshold, max_corrupt + 2) = {max(t, c + 2)}; otherwise "
-            "a released sum may have a single honest member"
+            f"minimum_survivors: found {h}, expected at least max(threshold, max_corrupt + 2) = {max(t, c + 2)}; "
+            "otherwise a released sum may have a single honest member"
         )
     if h > n:
         raise ParameterError(f"minimum_survivors: found {h}, expected at most the cohort size {n}")
@@ -67,7 +67,8 @@ class RoundParameters:
 
     ``consortium``: names the consortium and its manifest; ``run``: one training run; ``round_number``: from 1.
     ``cohort``: the round's sites in order of name, each one's Shamir coordinate being its position, from 1.
-    ``lanes``: lane name -> lane and ring, in the order in which they travel.  ``model_digest``: SHA-256 of the global model.
+    ``lanes``: lane name -> lane and ring, in the order in which they travel.  ``model_digest``: SHA-256 of the global
+    model.
     """
 
     consortium: str
@@ -147,8 +148,8 @@ class RoundParameters:
     @cached_property
     def context(self) -> bytes:
         """The 32 bytes that every signature, key derivation and ciphertext of the round is bound to."""
-        # Stops a coordinator that shows other parameters, another model, roster or cohort, or messages of another round,
-        # to some of the sites.
+        # Stops a coordinator that shows other parameters, another model, roster or cohort, or messages of another
+        # round, to some of the sites.
         return sha256(
             labels.frame(
                 labels.CONTEXT,

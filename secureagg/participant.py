@@ -3,16 +3,16 @@
     Created -> AwaitingCohortKeys -> AwaitingShares -> AwaitingInput -> AwaitingSurvivors
             -> AwaitingUnmaskRequest -> AwaitingReceipt -> ParticipantFinished, or Aborted
 
-Whatever the coordinator sends is checked against what the site knows by itself.  One bad message ends the round for this
-site: the phase becomes ``Aborted``, which holds no secret, and the error is raised.  ``_TRANSITIONS`` is the whole list of
-what may happen when.
+Whatever the coordinator sends is checked against what the site knows by itself.  One bad message ends the round for
+this site: the phase becomes ``Aborted``, which holds no secret, and the error is raised.  ``_TRANSITIONS`` is the
+whole list of what may happen when.
 """
 
 import os
 from collections.abc import Callable
 from hashlib import sha256
 from types import MappingProxyType
-from typing import Any, Final, Protocol
+from typing import Any, Final, Protocol, TypeVar
 
 from secureagg import labels
 from secureagg.agreement import KeyPair, open_shares, seal_shares
@@ -39,6 +39,7 @@ from secureagg.messages import (
     RoundFailed,
     RoundReceipt,
     ShareDelivery,
+    SiteMessage,
     SurvivorList,
     SurvivorSignature,
     ToCoordinator,
@@ -64,7 +65,7 @@ from secureagg.phases import (
 )
 from secureagg.shamir import SECRET_BYTES, SHARE_BYTES, check_share, share
 
-
+_Message = TypeVar("_Message", bound=SiteMessage)
 _Step = tuple[ParticipantPhase, list[ToCoordinator]]
 
 
@@ -95,7 +96,8 @@ class Participant:
         minimum_survivors: int = 0,
         entropy: Entropy = os.urandom,
     ) -> None:
-        """Raise ParameterError unless ``site`` is in the cohort under ``identity`` and the cohort can meet its minimum."""
+        """Raise ParameterError unless ``site`` is in the cohort under ``identity`` and the cohort can meet its
+        minimum."""
         if site not in parameters.positions:
             raise ParameterError(f"participant {site}: not in the round's cohort")
         if parameters.roster[site].signing_key != identity.public_key:
@@ -145,7 +147,9 @@ class Participant:
         """
         expecting = isinstance(self._phase, AwaitingCohortKeys | AwaitingShares | AwaitingInput)
         if not expecting or self._input is not None:
-            raise LocalProtocolError(f"participant {self._site}: an input in phase {self._name()}, expected one before it is due")
+            raise LocalProtocolError(
+                f"participant {self._site}: an input in phase {self._name()}, expected one before it is due"
+            )
         self._input = encoded
         return self._advance(self._phase, [])
 
@@ -195,7 +199,8 @@ class Participant:
         peers = sorted(advertisements.keys() - {self._site})
         # Stops keys of low order: ``agree`` refuses them.
         mask_secrets = {
-            peer: phase.mask_key.agree(advertisements[peer].mask_key, who=self._who(f"mask key of {peer}")) for peer in peers
+            peer: phase.mask_key.agree(advertisements[peer].mask_key, who=self._who(f"mask key of {peer}"))
+            for peer in peers
         }
         channel_secrets = {
             peer: phase.channel_key.agree(advertisements[peer].channel_key, who=self._who(f"channel key of {peer}"))
@@ -235,7 +240,9 @@ class Participant:
                 self._parameters, phase.channel_secrets[sender], sealed, sender=sender, recipient=self._site
             )
             if len(shares) != 2 * SHARE_BYTES:
-                raise MalformedMessage(self._who(f"{len(shares)} bytes of shares from {sender}, expected {2 * SHARE_BYTES}"))
+                raise MalformedMessage(
+                    self._who(f"{len(shares)} bytes of shares from {sender}, expected {2 * SHARE_BYTES}")
+                )
             held[sender] = HeldShares(shares[:SHARE_BYTES], shares[SHARE_BYTES:])
             for value in (held[sender].mask_key, held[sender].self_seed):
                 check_share(value, who=self._who(f"share of {sender}"))
@@ -295,7 +302,9 @@ class Participant:
         # Any two lists with ``threshold`` signatures each would share an honest signer, who signs one list only.
         if len(signatures) < parameters.threshold:
             raise ThresholdNotMet(
-                self._who(f"{len(signatures)} signatures on the survivor list, expected at least {parameters.threshold}")
+                self._who(
+                    f"{len(signatures)} signatures on the survivor list, expected at least {parameters.threshold}"
+                )
             )
         # Stops a second answer, also after a crash: noted before anything leaves.
         self._journal.answer(parameters.run, parameters.round_number)
@@ -315,7 +324,8 @@ class Participant:
         if not message.survivors == message.canary == phase.survivors:
             raise InconsistentSurvivors(
                 self._who(
-                    f"a receipt for {message.survivors} survivors with canary {message.canary}, expected {phase.survivors}"
+                    f"a receipt for {message.survivors} survivors with canary {message.canary}, "
+                    f"expected {phase.survivors}"
                 )
             )
         return ParticipantFinished(message), []
@@ -342,7 +352,7 @@ class Participant:
         if found < self._needed:
             raise ThresholdNotMet(self._who(f"{found} {what}, expected at least {self._needed}"))
 
-    def _sign(self, message: Any) -> Any:
+    def _sign(self, message: _Message) -> _Message:
         return sign(message, self._identity)
 
     def _name(self) -> str:

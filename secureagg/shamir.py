@@ -45,10 +45,12 @@ def lagrange_coefficients(positions: Sequence[int]) -> dict[int, int]:
 def reconstruct(shares: Mapping[int, bytes], coefficients: Mapping[int, int], *, who: str) -> bytes:
     """The 32-byte secret of ``shares`` (position -> share), at exactly the positions of ``coefficients``.
 
-    Raises AuthenticationFailed naming ``who`` if the shares fit no 32-byte secret; that they fit the right one is for the
-    caller to check against a public key or a commitment.
+    Raises AuthenticationFailed naming ``who`` if the shares fit no 32-byte secret; that they fit the right one is for
+    the caller to check against a public key or a commitment.
     """
-    total = sum(int.from_bytes(shares[position], "little") * factor for position, factor in coefficients.items()) % PRIME
+    total = (
+        sum(int.from_bytes(shares[position], "little") * factor for position, factor in coefficients.items()) % PRIME
+    )
     if total >= 1 << (8 * SECRET_BYTES):
         raise AuthenticationFailed(f"{who}: the shares do not fit a {SECRET_BYTES}-byte secret")
     return total.to_bytes(SECRET_BYTES, "little")

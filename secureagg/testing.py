@@ -1,4 +1,5 @@
-"""A whole round in process, through the real machines and the real codec, for tests of code that embeds this package."""
+"""A whole round in process, through the real machines and the real codec, for tests of code that embeds this
+package."""
 
 import os
 from collections.abc import Mapping
@@ -65,9 +66,9 @@ class RoundOutcome:
     """What a finished round released, and what only this in-process helper can know beside it.
 
     ``aggregate``: float64 mean over the survivors, weighted if weights were given; ``total``: the exact integer sum;
-    ``survivors``: who is in it; ``bytes_sent``: per site; ``encoded``: each survivor's integers before masking (times its
-    weight), which add up to ``total``; ``transcript``: per site the encoded messages that the coordinator received, each as
-    its frames.
+    ``survivors``: who is in it; ``bytes_sent``: per site; ``encoded``: each survivor's integers before masking (times
+    its weight), which add up to ``total``; ``transcript``: per site the encoded messages that the coordinator
+    received, each as its frames.
     """
 
     aggregate: npt.NDArray[np.float64]
@@ -95,11 +96,11 @@ def run_round(
     """Aggregate ``updates`` (site name -> 1-D float array, all of one length) in one round and return its outcome.
 
     ``weights``: site -> integer from 0 to ``max_weight`` (default: the largest given).  ``dropouts``: site -> the
-    coordinator phase in which it stops answering.  Thresholds default as in ``RoundParameters.create``.  The same entropy
-    bytes give the same round, byte for byte.
+    coordinator phase in which it stops answering.  Thresholds default as in ``RoundParameters.create``.  The same
+    entropy bytes give the same round, byte for byte.
 
-    Raises what a real round raises: ParameterError before it begins (ValueOutOfRange, ShapeMismatch for bad updates), and
-    RoundAborted, among them ThresholdNotMet, when it ends without a release.
+    Raises what a real round raises: ParameterError before it begins (ValueOutOfRange, ShapeMismatch for bad updates),
+    and RoundAborted, among them ThresholdNotMet, when it ends without a release.
     """
     if backend not in BACKENDS:
         raise ParameterError(f"backend: found {backend!r}, expected one of {', '.join(BACKENDS)}")
