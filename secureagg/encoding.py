@@ -109,16 +109,20 @@ def _encode_fixed_point(
         if not np.isfinite(block).all():
             index = start + int(np.flatnonzero(~np.isfinite(block))[0])
             raise ValueOutOfRange(
-                f"lane {name}, index {index}: found a value that is not finite, expected finite numbers"
+                f"lane {name}, index {index}: found a value that is not finite, expected finite numbers",
+                lane=name,
+                index=index,
             )
         outside = np.abs(block) > encoding.value_range
         if outside.any():
             if not encoding.clip:
-                index = int(np.flatnonzero(outside)[0])
-                excess = float(abs(block[index]) - encoding.value_range)
+                first = int(np.flatnonzero(outside)[0])
+                excess = float(abs(block[first]) - encoding.value_range)
                 raise ValueOutOfRange(
-                    f"lane {name}, index {start + index}: found a magnitude {excess:.3g} above the range, "
-                    f"expected at most {encoding.value_range:g}"
+                    f"lane {name}, index {start + first}: found a magnitude {excess:.3g} above the range, "
+                    f"expected at most {encoding.value_range:g}",
+                    lane=name,
+                    index=start + first,
                 )
             clipped += int(outside.sum())
             np.clip(block, -encoding.value_range, encoding.value_range, out=block)
@@ -142,7 +146,11 @@ def _encode_counts(ring_lane: RingLane, encoding: Counts, values: npt.NDArray[np
     if outside.any():
         index = int(np.flatnonzero(outside)[0])
         side = "below 0" if np.less(values[index], 0) else f"above {encoding.maximum}"
-        raise ValueOutOfRange(f"lane {name}, index {index}: found a count {side}, expected 0 to {encoding.maximum}")
+        raise ValueOutOfRange(
+            f"lane {name}, index {index}: found a count {side}, expected 0 to {encoding.maximum}",
+            lane=name,
+            index=index,
+        )
     return values.astype(ring_lane.word)
 
 

@@ -20,9 +20,17 @@ class ParameterError(SecureAggregationError, ValueError):
 
 
 class ValueOutOfRange(ParameterError):
-    """An input lies outside the range or bound that its lane declares, or is not finite."""
+    """An input lies outside the range or bound that its lane declares, or is not finite.
+
+    ``lane`` and ``index`` say where, if it is an element of a lane.
+    """
 
     code = "value-out-of-range"
+
+    def __init__(self, message: str, *, lane: str | None = None, index: int | None = None) -> None:
+        super().__init__(message)
+        self.lane = lane
+        self.index = index
 
 
 class ShapeMismatch(ParameterError):
