@@ -1,1 +1,24 @@
-"""transport"""
+"""Opaque frames between authenticated peers; this package knows nothing of rounds, models or privacy."""
+
+from transport.endpoint import COORDINATOR, Delivery, Endpoint, MemoryNetwork, PeerId
+from transport.envelope import Limits
+from transport.errors import AddressUnusable, FrameTooLarge, MalformedFrame, PeerUnreachable, TransportError
+from transport.zeromq import connect, generate_keypair, listen, public_key
+
+__all__ = [
+    "COORDINATOR",
+    "AddressUnusable",
+    "Delivery",
+    "Endpoint",
+    "FrameTooLarge",
+    "Limits",
+    "MalformedFrame",
+    "MemoryNetwork",
+    "PeerId",
+    "PeerUnreachable",
+    "TransportError",
+    "connect",
+    "generate_keypair",
+    "listen",
+    "public_key",
+]
