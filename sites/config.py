@@ -1,0 +1,117 @@
+"""One hospital's own configuration (SITE.toml), and everything that must hold before it takes part."""
+
+import tomllib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Literal
+
+import msgspec
+
+from secureagg import SiteId
+from sites.errors import ConfigurationError, ManifestError
+from sites.keys import Keys, load_keys
+from sites.manifest import Manifest
+
+
+class LocalPrivacy(
+    msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True, tag_field="mode", tag="local"
+):
+    """The most that this site ever spends on its data: ``epsilon`` at ``delta``."""
+
+    epsilon: Annotated[float, msgspec.Meta(gt=0)]
+    delta: Annotated[float, msgspec.Meta(gt=0, lt=1)]
+
+
+class NoPrivacy(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True, tag_field="mode", tag="none"):
+    """This site agrees to training without differential privacy; it has to say so."""
+
+
+class OwnPolicy(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """Stricter rules than the consortium's; ``minimum_survivors`` 0 adds none."""
+
+    minimum_survivors: Annotated[int, msgspec.Meta(ge=0)] = 0
+
+
+class OwnData(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """Data that the site program trains on: the ``hospital``'s part of the heart data, from ``folder`` or the wheel."""
+
+    kind: Literal["heart"]
+    hospital: str
+    folder: str = ""
+
+
+class SiteConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """The fields of SITE.toml; paths are relative to its folder.  ``data`` is absent when the training is embedded."""
+
+    name: str
+    manifest: str
+    manifest_sha256: Annotated[str, msgspec.Meta(pattern="^[0-9a-f]{64}$")]
+    keys: str
+    state: str
+    privacy: LocalPrivacy | NoPrivacy
+    policy: OwnPolicy = OwnPolicy()
+    data: OwnData | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class OpenSite:
+    """A site whose configuration, keys and manifest have been checked against each other."""
+
+    name: SiteId
+    config: SiteConfig
+    folder: Path
+    keys: Keys
+    manifest: Manifest
+
+    @property
+    def state(self) -> Path:
+        """Folder of the journal, the privacy ledger and the summary."""
+        return self.folder / self.config.state
+
+    @property
+    def minimum_survivors(self) -> int:
+        """This site's own minimum, 0 for none."""
+        return self.config.policy.minimum_survivors
+
+
+def open_site(path: Path) -> OpenSite:
+    """Load a SITE.toml and check it, the keys and the manifest; nothing is sent before this has returned.
+
+    Raises ConfigurationError, KeyFileError or ManifestError, naming the file, what was found and what was expected.
+    """
+    try:
+        config = msgspec.convert(tomllib.loads(path.read_text()), SiteConfig)
+    except OSError as error:
+        raise ConfigurationError(f"{path}: cannot be read: {error.strerror}") from error
+    except msgspec.ValidationError as error:
+        raise ConfigurationError(f"{path}: {error}") from error
+    except ValueError as error:
+        raise ConfigurationError(f"{path}: not a TOML file: {error}") from error
+    folder = path.parent
+    keys = load_keys(folder / config.keys)
+    manifest = Manifest.load(folder / config.manifest)
+    manifest.check()
+    # Stops a manifest that was exchanged for another one, even if all have signed that too.
+    if manifest.digest.hex() != config.manifest_sha256:
+        raise ManifestError(
+            f"{folder / config.manifest}: digest {manifest.digest.hex()[:16]}..., expected the pinned "
+            f"{config.manifest_sha256[:16]}... of {path}; sign the new manifest if the change is meant"
+        )
+    listed = manifest.roster.get(SiteId(config.name))
+    if listed is None:
+        raise ManifestError(f"{folder / config.manifest}: does not list site {config.name}")
+    if keys.site != config.name or listed != keys.card:
+        raise ManifestError(
+            f"{folder / config.keys}: keys of {keys.site}, expected the ones that the manifest lists for {config.name}"
+        )
+    # Stops a consortium whose guarantee is weaker than this site's own policy.
+    offered, own = manifest.privacy, config.privacy
+    if isinstance(own, LocalPrivacy) and (
+        offered.mode != "local" or offered.epsilon > own.epsilon or offered.delta > own.delta
+    ):
+        found = f"up to epsilon {offered.epsilon:g} at delta {offered.delta:g}" if offered.mode == "local" else "none"
+        raise ManifestError(
+            f"{folder / config.manifest}: differential privacy: {found}, expected at most the epsilon {own.epsilon:g} at "
+            f"delta {own.delta:g} that {path} allows"
+        )
+    return OpenSite(name=keys.site, config=config, folder=folder, keys=keys, manifest=manifest)

@@ -1,0 +1,97 @@
+"""What the two loops say to each other around a round, and how it shares a connection with the round's own messages.
+
+The first frame of every delivery is a one-byte tag: a control message (MessagePack, then at most one raw frame, the
+global model) or a message of the secure aggregation protocol.  Nothing here is trusted for security: a site checks every
+number against its own manifest, and the round's context binds what it uses.
+"""
+
+from collections.abc import Sequence
+from typing import Final, Literal
+
+import msgspec
+
+from secureagg import MalformedMessage
+
+CONTROL: Final = b"C"
+ROUND: Final = b"R"
+HEADER_BYTES: Final = 1 << 20
+
+Purpose = Literal["train", "evaluate"]
+
+
+class Control(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True, kw_only=True):
+    """Base of the control messages; ``payload`` travels as a raw frame behind the header."""
+
+    payload: bytes = b""
+
+
+class Hello(Control, frozen=True, tag="hello", array_like=True, kw_only=True):
+    """Site: present and ready for the next round, under the manifest of this digest."""
+
+    manifest_digest: bytes
+
+
+class Withdraw(Control, frozen=True, tag="withdraw", array_like=True, kw_only=True):
+    """Site: takes no further part in a round; ``leaving``: nor in later ones."""
+
+    run: str
+    round_number: int
+    leaving: bool
+
+
+class StartRound(Control, frozen=True, tag="start-round", array_like=True, kw_only=True):
+    """Coordinator: a round begins with this cohort; the payload is the global model."""
+
+    run: str
+    round_number: int
+    purpose: Purpose
+    cohort: tuple[str, ...]
+
+
+class FederationOver(Control, frozen=True, tag="federation-over", array_like=True, kw_only=True):
+    """Coordinator: no further rounds; the payload is the final global model.  ``code``: "finished", or an error's."""
+
+    code: str
+
+
+class Refused(Control, frozen=True, tag="refused", array_like=True, kw_only=True):
+    """Coordinator: this site cannot take part; ``code`` says why in a word."""
+
+    code: str
+
+
+FromSite = Hello | Withdraw
+FromCoordinator = StartRound | FederationOver | Refused
+
+_encoder = msgspec.msgpack.Encoder()
+_from_site: "msgspec.msgpack.Decoder[FromSite]" = msgspec.msgpack.Decoder(FromSite)
+_from_coordinator: "msgspec.msgpack.Decoder[FromCoordinator]" = msgspec.msgpack.Decoder(FromCoordinator)
+
+
+def encode(message: FromSite | FromCoordinator) -> list[bytes]:
+    """The frames of a control message, its tag first."""
+    return [CONTROL, _encoder.encode(msgspec.structs.replace(message, payload=b"")), message.payload]
+
+
+def decode_from_site(frames: Sequence[bytes]) -> FromSite:
+    """A site's control message from the frames behind the tag; MalformedMessage for anything else."""
+    header, payload = _split(frames)
+    try:
+        return msgspec.structs.replace(_from_site.decode(header), payload=payload)
+    except (msgspec.DecodeError, UnicodeDecodeError, OverflowError) as error:
+        raise MalformedMessage("control message: not one that a site sends") from error
+
+
+def decode_from_coordinator(frames: Sequence[bytes]) -> FromCoordinator:
+    """The coordinator's control message from the frames behind the tag; MalformedMessage for anything else."""
+    header, payload = _split(frames)
+    try:
+        return msgspec.structs.replace(_from_coordinator.decode(header), payload=payload)
+    except (msgspec.DecodeError, UnicodeDecodeError, OverflowError) as error:
+        raise MalformedMessage("control message: not one that a coordinator sends") from error
+
+
+def _split(frames: Sequence[bytes]) -> tuple[bytes, bytes]:
+    if len(frames) != 2 or len(frames[0]) > HEADER_BYTES:
+        raise MalformedMessage(f"control message: {len(frames)} frames, expected a header and a payload")
+    return frames[0], frames[1]

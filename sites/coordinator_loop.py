@@ -1,0 +1,276 @@
+"""The coordinator's program: frames in, frames out, one round after another.
+
+It drives ``secureagg.Coordinator`` with what arrives, turns the end of a time-out into the end of a phase, and moves the
+global model by each released mean update.  All it ever holds of a site are its public keys, ciphertexts and masked
+integers; what it learns are sums.
+"""
+
+import secrets
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Final
+
+import msgspec
+
+from secureagg import Aggregate, Coordinator, Outbound, RemoteProtocolError, SiteId
+from secureagg import codec as round_codec
+from secureagg.messages import MaskedInput
+from secureagg.phases import Aborted, CollectingMaskedInputs, CoordinatorFinished
+from sites import control
+from sites.control import FederationOver, Hello, Purpose, Refused, StartRound, Withdraw
+from sites.errors import FederationFailed
+from sites.evaluation import Metrics, metrics_from_histogram
+from sites.files import write_atomic
+from sites.manifest import Manifest
+from sites.model_state import model_digest
+from sites.rounds import HISTOGRAM, UPDATE, model_spec, round_parameters
+from sites.server_optimizer import ServerOptimizer
+from transport import Delivery, Endpoint, PeerId, TransportError
+
+SAMPLE_BYTES: Final = 12  # of a masked input, kept in the record to show what the coordinator saw
+FAILURES_IN_A_ROW: Final = 3
+
+
+@dataclass(slots=True, kw_only=True)
+class RoundRecord:
+    """What happened in one round, as far as the coordinator can know; one line of its log, filled in as it goes.
+
+    ``dropped``: site -> phase in which it was given up; ``refused``: error codes of refused messages per site;
+    ``seconds``: phase -> wall time; ``masked_sample``: site -> first bytes of its masked input, in hexadecimal;
+    ``metrics``: of the model that the round started from; ``error``: code of the error that ended it, or empty.
+    """
+
+    run: str
+    number: int
+    purpose: Purpose
+    cohort: tuple[str, ...]
+    survivors: tuple[str, ...] = ()
+    dropped: dict[str, str] = field(default_factory=dict)
+    refused: dict[str, list[str]] = field(default_factory=dict)
+    seconds: dict[str, float] = field(default_factory=dict)
+    bytes_received: dict[str, int] = field(default_factory=dict)
+    masked_sample: dict[str, str] = field(default_factory=dict)
+    metrics: Metrics | None = None
+    error: str = ""
+
+
+class CoordinatorLoop:
+    """Runs a whole federation over ``endpoint``, from the sites' joining to the final model.
+
+    ``initial``: safetensors bytes of the model to start from; ``state``: folder for the model and the log;
+    ``report``: called after each round.
+    """
+
+    def __init__(
+        self,
+        *,
+        manifest: Manifest,
+        endpoint: Endpoint,
+        initial: bytes,
+        state: Path,
+        report: Callable[[RoundRecord], None] = lambda _record: None,
+        notify: Callable[[str], None] = lambda _text: None,
+    ) -> None:
+        self._manifest = manifest
+        self._endpoint = endpoint
+        self._spec = model_spec(manifest)
+        vector = self._spec.from_bytes(initial, who="initial model")
+        self._optimizer = ServerOptimizer(
+            manifest.training.server_optimizer, manifest.training.server_learning_rate, vector
+        )
+        self._model = self._spec.to_bytes(vector)
+        self._state = state
+        self._report = report
+        self._notify = notify
+        self._run = secrets.token_hex(8)
+        self._present: set[SiteId] = set()
+        self._roster = manifest.roster
+
+    def run(self) -> list[RoundRecord]:
+        """Run every round of the manifest and a last one that evaluates the final model; returns their records.
+
+        Raises FederationFailed when too few sites join or several rounds in a row end without a release; the last good
+        model is on disk then, and the sites are told.
+        """
+        self._state.mkdir(parents=True, exist_ok=True)
+        self._save_model()
+        records: list[RoundRecord] = []
+        code = FederationFailed.code
+        try:
+            self._wait_for_sites()
+            rounds = self._manifest.training.rounds
+            failures = 0
+            for number in range(1, rounds + 2):
+                record, aggregate = self._play(number, "train" if number <= rounds else "evaluate")
+                records.append(record)
+                if aggregate is not None and UPDATE in aggregate.means:
+                    self._model = self._spec.to_bytes(self._optimizer.step(aggregate.means[UPDATE]))
+                    self._save_model()
+                with (self._state / "rounds.jsonl").open("ab") as log:
+                    log.write(msgspec.json.encode(record) + b"\n")
+                self._report(record)
+                failures = 0 if aggregate is not None else failures + 1
+                if failures == FAILURES_IN_A_ROW or (aggregate is None and number > rounds):
+                    raise FederationFailed(
+                        f"coordinator: round {number} and {failures - 1} before it ended without a release, the last one with "
+                        f"{record.error}; the model of the last finished round is in {self._state}"
+                    )
+            code = "finished"
+        finally:
+            over = control.encode(FederationOver(code=code, payload=self._model))
+            for site in self._present.copy():
+                self._send(site, over)
+        return records
+
+    # --- presence ---
+
+    def _wait_for_sites(self) -> None:
+        """Return once every site of the roster is present, or enough are and the time to join is over."""
+        deadline = time.monotonic() + self._manifest.deadlines.join_seconds
+        minimum = self._manifest.policy.minimum_cohort
+        while len(self._present) < len(self._roster):
+            delivery = self._endpoint.receive(max(0.0, deadline - time.monotonic()))
+            if delivery is not None:
+                self._take_control(delivery)
+            elif time.monotonic() >= deadline:
+                break
+        if len(self._present) < minimum:
+            missing = sorted(set(self._roster) - self._present)
+            raise FederationFailed(
+                f"coordinator: {len(self._present)} of {len(self._roster)} sites joined within "
+                f"{self._manifest.deadlines.join_seconds:g} s, expected at least {minimum}; missing: {', '.join(missing)}"
+            )
+
+    def _take_control(self, delivery: Delivery) -> Withdraw | None:
+        """Note who is present; returns a withdrawal for the running round to deal with."""
+        site = SiteId(str(delivery.peer))
+        if delivery.frames[0] != control.CONTROL:
+            return None  # a late message of an earlier round
+        try:
+            message = control.decode_from_site(delivery.frames[1:])
+        except RemoteProtocolError as error:
+            self._notify(f"{site}: {error}")
+            return None
+        if isinstance(message, Withdraw):
+            if message.leaving:
+                self._present.discard(site)
+            return message
+        if message.manifest_digest != self._manifest.digest:
+            self._notify(f"{site} holds another manifest than the coordinator; it was told so")
+            self._send(site, control.encode(Refused(code="manifest-differs")))
+            return None
+        if site not in self._present:
+            self._present.add(site)
+            self._notify(f"{site} is present ({len(self._present)} of {len(self._roster)})")
+        return None
+
+    # --- one round ---
+
+    def _play(self, number: int, purpose: Purpose) -> tuple[RoundRecord, Aggregate | None]:
+        """One round from its start to a release or an abort; the record says which, the aggregate is None for the latter."""
+        if len(self._present) < self._manifest.policy.minimum_cohort:
+            self._wait_for_sites()
+        record = RoundRecord(run=self._run, number=number, purpose=purpose, cohort=tuple(sorted(self._present)))
+        parameters = round_parameters(
+            self._manifest,
+            run=self._run,
+            round_number=number,
+            purpose=purpose,
+            cohort=record.cohort,
+            model_digest=model_digest(self._model),
+        )
+        machine = Coordinator(parameters=parameters)
+        start = control.encode(
+            StartRound(run=self._run, round_number=number, purpose=purpose, cohort=record.cohort, payload=self._model)
+        )
+        for site in parameters.cohort:
+            if not self._send(site, start):
+                self._give_up(machine, record, [site])
+        self._drive(machine, record)
+        if isinstance(machine.phase, CoordinatorFinished):
+            aggregate = machine.phase.aggregate
+            record.survivors = aggregate.survivors
+            record.metrics = metrics_from_histogram(aggregate.totals[HISTOGRAM].reshape(2, -1))
+            return record, aggregate
+        if isinstance(machine.phase, Aborted):
+            record.error = machine.phase.error.code
+            self._notify(str(machine.phase.error))
+        return record, None
+
+    def _drive(self, machine: Coordinator, record: RoundRecord) -> None:
+        """Feed the machine until it ends; a phase that outlasts its deadline goes on with those who answered."""
+        while not isinstance(machine.phase, CoordinatorFinished | Aborted):
+            phase, began = machine.phase, time.monotonic()
+            deadline = began + self._allowed_seconds(machine, record.purpose)
+            while machine.phase is phase:
+                left = deadline - time.monotonic()
+                delivery = self._endpoint.receive(left) if left > 0 else None
+                if delivery is not None:
+                    self._take(machine, record, delivery)
+                elif time.monotonic() >= deadline:
+                    silent = machine.expected
+                    self._note_dropped(machine, record, silent)
+                    self._present -= silent
+                    self._deliver(machine, record, machine.close_phase())
+            record.seconds[type(phase).__name__] = time.monotonic() - began
+
+    def _allowed_seconds(self, machine: Coordinator, purpose: Purpose) -> float:
+        deadlines = self._manifest.deadlines
+        # The sites train while keys and shares are exchanged, so this phase is the one that waits for them.
+        training = purpose == "train" and isinstance(machine.phase, CollectingMaskedInputs)
+        return deadlines.training_seconds if training else deadlines.phase_seconds
+
+    def _take(self, machine: Coordinator, record: RoundRecord, delivery: Delivery) -> None:
+        site = SiteId(str(delivery.peer))
+        if delivery.frames[0] != control.ROUND:
+            withdrawal = self._take_control(delivery)
+            if withdrawal is not None and (withdrawal.run, withdrawal.round_number) == (record.run, record.number):
+                self._give_up(machine, record, [site])
+            return
+        record.bytes_received[site] = record.bytes_received.get(site, 0) + sum(map(len, delivery.frames))
+        try:
+            message = round_codec.decode_from_site(delivery.frames[1:])
+            outbound = machine.receive(message, sender=site)
+        except RemoteProtocolError as error:
+            # One bad message does not end the round for the others; the site is still expected until the deadline.
+            record.refused.setdefault(site, []).append(error.code)
+            self._notify(f"refused: {error}")
+            return
+        if isinstance(message, MaskedInput):
+            record.masked_sample[site] = message.chunks[0][:SAMPLE_BYTES].hex()
+        self._deliver(machine, record, outbound)
+
+    def _deliver(self, machine: Coordinator, record: RoundRecord, outbound: Iterable[Outbound]) -> None:
+        unreachable = [
+            item.recipient
+            for item in outbound
+            if not self._send(item.recipient, [control.ROUND, *round_codec.encode(item.message)])
+        ]
+        self._give_up(machine, record, unreachable)
+
+    def _give_up(self, machine: Coordinator, record: RoundRecord, sites: Iterable[SiteId]) -> None:
+        for site in sites:
+            self._note_dropped(machine, record, machine.expected & {site})
+            self._deliver(machine, record, machine.drop(site))
+
+    @staticmethod
+    def _note_dropped(machine: Coordinator, record: RoundRecord, sites: Iterable[SiteId]) -> None:
+        for site in sites:
+            record.dropped.setdefault(site, type(machine.phase).__name__)
+
+    # --- output ---
+
+    def _send(self, site: SiteId, frames: list[bytes]) -> bool:
+        """Send to one site; whether it could be reached."""
+        try:
+            self._endpoint.send(PeerId(site), frames)
+        except TransportError as error:
+            self._present.discard(site)
+            self._notify(str(error))
+            return False
+        return True
+
+    def _save_model(self) -> None:
+        write_atomic(self._state / "model.safetensors", self._model)

@@ -1,0 +1,286 @@
+"""The consortium's manifest: who takes part, under which rules, signed by every site.
+
+The coordinator hands nothing out that a site would have to believe: each site holds the manifest as a file of its own,
+has signed it, and has pinned its digest.  The digest enters every round's context.
+"""
+
+import math
+import tomllib
+from collections.abc import Mapping, Sequence
+from functools import cached_property
+from hashlib import sha256
+from pathlib import Path
+from typing import Annotated, Any, Final, Literal, Self
+
+import msgspec
+import tomli_w
+
+from secureagg import AuthenticationFailed, Card, Identity, ParameterError, Roster, SiteId
+from secureagg.identity import verify
+from secureagg.parameters import check_thresholds, default_threshold
+from sites.errors import ManifestError
+from sites.files import write_atomic
+from sites.keys import card_fields
+
+LABEL: Final = b"secureagg/v1/manifest"
+
+_Hex32 = Annotated[str, msgspec.Meta(pattern="^[0-9a-f]{64}$")]
+_Hex64 = Annotated[str, msgspec.Meta(pattern="^[0-9a-f]{128}$")]
+_Positive = Annotated[int, msgspec.Meta(ge=1, le=1 << 40)]
+_Seconds = Annotated[float, msgspec.Meta(gt=0, le=1e7)]
+_Above0 = Annotated[float, msgspec.Meta(gt=0)]
+
+
+class _Table(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """Base of the manifest's tables: immutable, every field required unless it has a default, no others."""
+
+
+class Consortium(_Table, frozen=True):
+    """``name`` of the consortium and ``version`` of this manifest's layout."""
+
+    name: Annotated[str, msgspec.Meta(pattern="^[A-Za-z0-9][A-Za-z0-9 ._-]{0,99}$")]
+    version: Literal[1] = 1
+
+
+class Policy(_Table, frozen=True):
+    """Least number of sites in a round, most that may collude with the coordinator, least number in a released sum."""
+
+    minimum_cohort: Annotated[int, msgspec.Meta(ge=3, le=1000)]
+    max_corrupt: Annotated[int, msgspec.Meta(ge=0, le=1000)]
+    minimum_survivors: Annotated[int, msgspec.Meta(ge=3, le=1000)]
+    threshold: Literal["two-thirds"] = "two-thirds"
+
+
+class Encoding(_Table, frozen=True):
+    """Fixed point of the update, and ``max_examples``: the largest weight of a site."""
+
+    value_bits: Annotated[int, msgspec.Meta(ge=2, le=32)]
+    value_range: _Above0
+    out_of_range: Literal["error", "clip"]
+    max_examples: _Positive
+
+
+class Evaluation(_Table, frozen=True):
+    """Bins of the summed score histogram, and the largest number of held-out examples of a site."""
+
+    histogram_bins: Annotated[int, msgspec.Meta(ge=2, le=1 << 16, multiple_of=2)]
+    max_examples: _Positive
+
+
+class Tensor(_Table, frozen=True):
+    """One float32 tensor of the model."""
+
+    name: Annotated[str, msgspec.Meta(min_length=1, max_length=500)]
+    shape: list[_Positive]
+
+
+class Model(_Table, frozen=True):
+    """The tensors in the order in which they are flattened, and the SHA-256 of the initial safetensors file."""
+
+    tensors: Annotated[list[Tensor], msgspec.Meta(min_length=1)]
+    initial_sha256: _Hex32
+
+
+class Training(_Table, frozen=True):
+    """The training plan; ``batch_size`` is the expected size of a Poisson-sampled batch."""
+
+    rounds: Annotated[int, msgspec.Meta(ge=1, le=100_000)]
+    local_steps: Annotated[int, msgspec.Meta(ge=1, le=1_000_000)]
+    batch_size: _Positive
+    learning_rate: _Above0
+    server_optimizer: Literal["average", "momentum", "adam"]
+    server_learning_rate: _Above0
+
+
+class Privacy(_Table, frozen=True):
+    """What every site accepts at most: ``epsilon`` at ``delta`` per ``unit``, gradients clipped to ``clip_norm``."""
+
+    mode: Literal["local", "none"]
+    epsilon: _Above0
+    delta: Annotated[float, msgspec.Meta(gt=0, lt=1)]
+    clip_norm: _Above0
+    unit: Literal["patient"] = "patient"
+
+
+class Deadlines(_Table, frozen=True):
+    """Seconds until sites must have joined, answered in a phase, and trained."""
+
+    join_seconds: _Seconds
+    phase_seconds: _Seconds
+    training_seconds: _Seconds
+
+
+class CardTable(_Table, frozen=True):
+    """A public card, keys in hexadecimal."""
+
+    name: str
+    signing_key: _Hex32
+    transport_key: _Hex32
+    signature: _Hex64
+
+    @property
+    def card(self) -> Card:
+        """The card itself."""
+        return Card(
+            site=SiteId(self.name),
+            signing_key=bytes.fromhex(self.signing_key),
+            transport_key=bytes.fromhex(self.transport_key),
+            signature=bytes.fromhex(self.signature),
+        )
+
+
+class CoordinatorTable(CardTable, frozen=True):
+    """The coordinator's card and where it listens."""
+
+    address: Annotated[str, msgspec.Meta(pattern="^tcp://[^ ]+:[0-9]{1,5}$")]
+
+
+class Signature(_Table, frozen=True):
+    """One site's signature over everything else in the manifest."""
+
+    site: str
+    signature: _Hex64
+
+
+class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True, dict=True):
+    """The whole manifest.  ``load`` and ``create`` check its form, ``check`` its cards, thresholds and signatures."""
+
+    consortium: Consortium
+    policy: Policy
+    encoding: Encoding
+    evaluation: Evaluation
+    model: Model
+    training: Training
+    privacy: Privacy
+    deadlines: Deadlines
+    coordinator: CoordinatorTable
+    sites: Annotated[list[CardTable], msgspec.Meta(min_length=3, max_length=1000)]
+    signatures: list[Signature] = []
+
+    @classmethod
+    def create(cls, *, coordinator: Card, address: str, cards: Sequence[Card], **tables: msgspec.Struct) -> Self:
+        """A manifest without signatures from cards and tables; ManifestError if anything in it is unfit."""
+        fields: dict[str, Any] = {name: msgspec.to_builtins(table) for name, table in tables.items()}
+        fields["coordinator"] = {**card_fields(coordinator), "address": address}
+        fields["sites"] = [card_fields(card) for card in sorted(cards, key=lambda card: card.site)]
+        manifest = cls._convert(fields, "new manifest")
+        manifest._check_contents("new manifest")
+        return manifest
+
+    @classmethod
+    def load(cls, path: Path) -> Self:
+        """The manifest in a TOML file; ManifestError naming file and field for anything that is not one."""
+        try:
+            fields = tomllib.loads(path.read_text())
+        except OSError as error:
+            raise ManifestError(f"{path}: cannot be read: {error.strerror}") from error
+        except ValueError as error:
+            raise ManifestError(f"{path}: not a TOML file: {error}") from error
+        return cls._convert(fields, str(path))
+
+    @classmethod
+    def _convert(cls, fields: Mapping[str, Any], where: str) -> Self:
+        try:
+            manifest = msgspec.convert(fields, cls)
+        except msgspec.ValidationError as error:
+            raise ManifestError(f"{where}: {error}") from error
+        for number in _floats(msgspec.to_builtins(manifest)):
+            if not math.isfinite(number):
+                raise ManifestError(f"{where}: found {number} as a number, expected finite ones")
+        return manifest
+
+    def save(self, path: Path) -> None:
+        """Write the manifest as TOML."""
+        write_atomic(path, tomli_w.dumps(msgspec.to_builtins(self)).encode())
+
+    @cached_property
+    def canonical(self) -> bytes:
+        """The bytes that are signed: everything but the signatures, as JSON with sorted keys."""
+        unsigned = msgspec.structs.replace(self, signatures=[])
+        return msgspec.json.encode(unsigned, order="sorted")
+
+    @cached_property
+    def digest(self) -> bytes:
+        """SHA-256 of the canonical bytes: what a site pins."""
+        return sha256(LABEL + self.canonical).digest()
+
+    @cached_property
+    def roster(self) -> Roster:
+        """The sites' cards, checked."""
+        return Roster(entry.card for entry in self.sites)
+
+    def sign(self, identity: Identity, site: SiteId) -> Self:
+        """This manifest with ``site``'s signature added or replaced; ManifestError unless it is listed with this key."""
+        listed = {entry.name: entry for entry in self.sites}.get(site)
+        if listed is None or listed.signing_key != identity.public_key.hex():
+            raise ManifestError(f"manifest of {self.consortium.name}: site {site} is not listed with these keys")
+        signature = Signature(site=site, signature=identity.sign(LABEL, self.canonical).hex())
+        others = [entry for entry in self.signatures if entry.site != site]
+        return msgspec.structs.replace(self, signatures=sorted([*others, signature], key=lambda entry: entry.site))
+
+    @property
+    def unsigned_by(self) -> list[str]:
+        """The sites whose signature is missing."""
+        return sorted({entry.name for entry in self.sites} - {entry.site for entry in self.signatures})
+
+    def check(self) -> None:
+        """Raise ManifestError, naming the site or field, unless all is sound and every site has signed exactly this."""
+        where = f"manifest of {self.consortium.name}"
+        self._check_contents(where)
+        for entry in self.signatures:
+            if SiteId(entry.site) not in self.roster:
+                raise ManifestError(f"{where}: signed by {entry.site}, who is not listed")
+            try:
+                # Stops a manifest that was altered after a site has signed it.
+                verify(
+                    self.roster[SiteId(entry.site)].signing_key,
+                    bytes.fromhex(entry.signature),
+                    LABEL,
+                    self.canonical,
+                    who=f"signature of {entry.site}",
+                )
+            except AuthenticationFailed as error:
+                raise ManifestError(
+                    f"{where}: the signature of {entry.site} does not fit the contents; they were altered after signing"
+                ) from error
+        if self.unsigned_by:
+            raise ManifestError(
+                f"{where}: not signed by {', '.join(self.unsigned_by)}, expected all {len(self.sites)} sites"
+            )
+
+    def _check_contents(self, where: str) -> None:
+        try:
+            self.coordinator.card.check()
+            roster = self.roster
+            for size in (self.policy.minimum_cohort, len(self.sites)):
+                check_thresholds(
+                    cohort_size=size,
+                    threshold=default_threshold(size),
+                    max_corrupt=self.policy.max_corrupt,
+                    minimum_survivors=max(self.policy.minimum_survivors, default_threshold(size)),
+                )
+        except (ParameterError, AuthenticationFailed) as error:
+            raise ManifestError(f"{where}: {error}") from error
+        own = {self.coordinator.signing_key, self.coordinator.transport_key}
+        for entry in self.sites:
+            # Stops a site that would also see, as coordinator, what only sites may see.
+            if entry.name == self.coordinator.name or own & {entry.signing_key, entry.transport_key}:
+                raise ManifestError(f"{where}: {entry.name} has the coordinator's name or one of its keys")
+        if len({tensor.name for tensor in self.model.tensors}) != len(self.model.tensors):
+            raise ManifestError(f"{where}: a tensor is listed twice in [model]")
+        if self.policy.minimum_cohort > len(roster):
+            raise ManifestError(
+                f"{where}: minimum_cohort is {self.policy.minimum_cohort}, expected at most the {len(roster)} sites"
+            )
+
+
+def _floats(value: object) -> list[float]:
+    match value:
+        case float():
+            return [value]
+        case dict():
+            return [number for item in value.values() for number in _floats(item)]
+        case list():
+            return [number for item in value for number in _floats(item)]
+        case _:
+            return []

@@ -1,0 +1,451 @@
+"""A site in a federation: join, train as before, submit.  The rest happens behind the engineer's back.
+
+A session thread owns the connection and the round's machine, so that keys and shares are exchanged while the site
+trains, and the engineer's own thread does nothing but iterate over rounds::
+
+    with join("site.toml") as federation:
+        for training_round in federation.rounds():
+            model.load_state_dict(training_round.global_state)
+            train(model)
+            training_round.submit(model.state_dict(), examples=len(dataset))
+"""
+
+import logging
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Final, Self
+
+import numpy as np
+import numpy.typing as npt
+
+from secureagg import (
+    EncodedInput,
+    LocalProtocolError,
+    ParameterError,
+    Participant,
+    RoundParameters,
+    SecureAggregationError,
+    ValueOutOfRange,
+    encode_input,
+)
+from secureagg import codec as round_codec
+from secureagg.messages import ToCoordinator
+from secureagg.phases import Aborted, ParticipantFinished
+from sites import control
+from sites.config import OpenSite, open_site
+from sites.control import FederationOver, Hello, Purpose, Refused, StartRound, Withdraw
+from sites.errors import ConfigurationError, FederationFailed
+from sites.evaluation import score_histogram
+from sites.journal import SqliteJournal
+from sites.model_state import State, model_digest
+from sites.rounds import CORRECT, HISTOGRAM, TOTAL, UPDATE, model_spec, round_parameters
+from transport import COORDINATOR, Endpoint, PeerUnreachable, TransportError, connect
+
+log = logging.getLogger("secureagg.site")
+
+POLL_SECONDS: Final = 0.02  # how long a submitted update may wait for the session thread to wake
+HELLO_SECONDS: Final = 2.0
+LEAVE_SECONDS: Final = 30.0
+
+Evaluate = Callable[[State], tuple[npt.NDArray[np.floating], npt.NDArray[np.integer]]]
+
+
+class Round:
+    """One training round, as the engineer sees it.
+
+    ``number``: from 1; ``total``: how many the consortium planned; ``global_state``: the tensors to train from.
+    """
+
+    def __init__(self, *, session: "_Session", task: "_Task") -> None:
+        self._session = session
+        self._task = task
+        self.number = task.parameters.round_number
+        self.total = session.site.manifest.training.rounds
+        self.global_state = session.spec.restore(task.vector)
+
+    def submit(self, state: State, *, examples: int, epsilon: float | None = None) -> None:
+        """Encode the difference of ``state`` to the global one, and hand it over to be masked and sent.
+
+        ``state``: the trained tensors, named and shaped like ``global_state``; ``examples``: how many were trained on,
+        this update's weight, seen by nobody but this site.  ``epsilon``: what this site has spent so far, at the
+        manifest's delta; required where the manifest's privacy mode is "local".
+
+        Returns at once.  Raises ShapeMismatch or ValueOutOfRange, naming the tensor, for a state that the consortium's
+        encoding cannot carry, and ParameterError for a missing or too large epsilon; nothing is sent then, the state is
+        untouched and another one may be submitted.  A submission after the round's deadline is dropped with a warning.
+        """
+        privacy = self._session.site.manifest.privacy
+        if privacy.mode == "local" and (epsilon is None or not 0 <= epsilon <= privacy.epsilon):
+            found = "none" if epsilon is None else f"{epsilon:.4g}"
+            raise ParameterError(
+                f"round {self.number}: found {found} as the epsilon spent so far, expected one up to {privacy.epsilon:g}, "
+                "since the consortium's privacy mode is local"
+            )
+        who = f"state submitted to round {self.number}"
+        update = self._session.spec.flatten(state, who=who).astype(np.float64) - self._task.vector
+        try:
+            encoded = encode_input(self._task.parameters, {UPDATE: update, **self._task.counts}, weight=examples)
+        except ValueOutOfRange as error:
+            if error.index is None or error.lane != UPDATE:
+                raise
+            raise ValueOutOfRange(f"{who}, {self._session.spec.locate(error.index)}: {error}") from error
+        self._session.hand_over(self._task, encoded)
+
+
+class Federation:
+    """A site's membership, open while its ``with`` block runs; made by ``join``.
+
+    ``final_state``: the global model after the last round, or None before; ``bytes_sent``: to the coordinator so far.
+    """
+
+    def __init__(self, site: OpenSite, *, endpoint: Endpoint | None = None, evaluate: Evaluate | None = None) -> None:
+        self._session = _Session(site, endpoint)
+        self._evaluate = evaluate
+        self.final_state: State | None = None
+
+    def __enter__(self) -> Self:
+        self._session.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self._session.leave(finish=error is None)
+
+    @property
+    def bytes_sent(self) -> int:
+        """Bytes sent to the coordinator so far."""
+        return self._session.bytes_sent
+
+    @property
+    def history(self) -> tuple["RoundResult", ...]:
+        """How each round of this site ended so far."""
+        return tuple(self._session.history)
+
+    def rounds(self) -> Iterator[Round]:
+        """Each training round that the coordinator starts with this site, until the federation is over.
+
+        Before each it evaluates the incoming global model on this site's held-out data, if ``join`` was given the means;
+        only summed counts ever leave the consortium's masks.  Raises PeerUnreachable when the coordinator is gone and
+        FederationFailed when it refuses this site or gives up; the engineer's own state is untouched.
+        """
+        while (item := self._session.next_task()) is not None:
+            if isinstance(item, FederationOver):
+                vector = self._session.spec.from_bytes(item.payload, who="final model")
+                self.final_state = self._session.spec.restore(vector)
+                if item.code != "finished":
+                    raise FederationFailed(
+                        f"the coordinator ended the federation ({item.code}); see its own log for why"
+                    )
+                return
+            item.counts.update(self._counts(item))
+            if item.purpose == "evaluate":
+                self._session.hand_over(item, encode_input(item.parameters, item.counts))
+            else:
+                yield Round(session=self._session, task=item)
+                self._session.withdraw_unless_submitted(item)
+
+    def _counts(self, task: "_Task") -> dict[str, npt.NDArray[np.int64]]:
+        """Evaluation counts of the incoming model on this site's held-out data; zeros without the means to evaluate."""
+        scores, labels = np.zeros(0), np.zeros(0, np.int64)
+        if self._evaluate is not None:
+            scores, labels = self._evaluate(self._session.spec.restore(task.vector))
+        histogram = score_histogram(scores, labels, self._session.site.manifest.evaluation.histogram_bins)
+        correct = np.sum((scores >= 0.5) == (labels > 0.5))  # noqa: PLR2004
+        return {
+            CORRECT: np.array([correct], np.int64),
+            TOTAL: np.array([len(labels)], np.int64),
+            HISTOGRAM: histogram.reshape(-1),
+        }
+
+
+def join(config: str | Path, *, evaluate: Evaluate | None = None) -> Federation:
+    """The federation that ``config`` (a SITE.toml) describes, to be entered with ``with``.
+
+    ``evaluate``: takes a global state and returns the held-out examples' scores in [0, 1] and their 0/1 labels, for the
+    consortium's summed metrics; without it this site contributes zeros.  Raises the errors of ``open_site``: keys, manifest
+    and signatures are checked before anything is sent.
+    """
+    return Federation(open_site(Path(config)), evaluate=evaluate)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RoundResult:
+    """How a round ended for this site: "finished", "submitted late", "withdrawn", "unfinished" or an error's code."""
+
+    run: str
+    number: int
+    purpose: Purpose
+    result: str
+
+
+class _Task:
+    """What the session asks the engineer's thread for: an input for this round."""
+
+    def __init__(self, parameters: RoundParameters, purpose: Purpose, vector: npt.NDArray[np.float32]) -> None:
+        self.parameters = parameters
+        self.purpose = purpose
+        self.vector = vector
+        self.counts: dict[str, npt.ArrayLike] = {}
+        self.submitted = False
+
+
+class _Session:
+    """The thread that owns the connection and the current round's machine.
+
+    ``_changed`` guards everything that both threads touch: ``_offer`` (what the engineer's thread shall take next),
+    ``_inbox`` (what it hands over), ``_task``, ``_error`` and ``_over``.
+    """
+
+    def __init__(self, site: OpenSite, endpoint: Endpoint | None) -> None:
+        self.site = site
+        self.spec = model_spec(site.manifest)
+        self.history: list[RoundResult] = []
+        self._endpoint = endpoint
+        self._journal: SqliteJournal | None = None
+        self._participant: Participant | None = None
+        self._changed = threading.Condition()
+        self._offer: _Task | FederationOver | None = None
+        self._inbox: list[tuple[_Task, EncodedInput | None]] = []
+        self._task: _Task | None = None
+        self._error: Exception | None = None
+        self._stop = threading.Event()
+        self._over = False
+        self._thread = threading.Thread(target=self._guarded_loop, name="secureagg-session", daemon=True)
+        self._hello_due = 0.0
+        self._silent_since = time.monotonic()
+
+    # --- called by the engineer's thread ---
+
+    def start(self) -> None:
+        """Open the journal and the connection, and start the thread."""
+        site = self.site
+        try:
+            site.state.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise ConfigurationError(
+                f"state folder {site.state}: {error.strerror}, expected a writable folder"
+            ) from error
+        self._journal = SqliteJournal(site.state / "journal.sqlite")
+        if self._endpoint is None:
+            self._endpoint = connect(
+                site.manifest.coordinator.address,
+                secret_key=site.keys.transport_secret,
+                server_key=bytes.fromhex(site.manifest.coordinator.transport_key),
+            )
+        self._thread.start()
+
+    @property
+    def bytes_sent(self) -> int:
+        """Bytes sent to the coordinator so far."""
+        return 0 if self._endpoint is None else self._endpoint.bytes_sent.get(COORDINATOR, 0)
+
+    @property
+    def _connection(self) -> Endpoint:
+        if self._endpoint is None:
+            raise LocalProtocolError("federation: used outside its `with` block")
+        return self._endpoint
+
+    def next_task(self) -> "_Task | FederationOver | None":
+        """Wait for the next round or the end; raises what ended the session."""
+        with self._changed:
+            self._changed.wait_for(lambda: self._offer is not None or self._error is not None or self._over)
+            if self._error is not None:
+                raise self._error
+            offer, self._offer = self._offer, None
+            return offer
+
+    def hand_over(self, task: _Task, encoded: EncodedInput) -> None:
+        """Give the thread the input of ``task``; a task that is no longer the current one is only noted."""
+        with self._changed:
+            if self._error is not None:
+                raise self._error
+            if task.submitted:
+                raise LocalProtocolError(f"round {task.parameters.round_number}: a second submission, expected one")
+            task.submitted = True
+            self._inbox.append((task, encoded))
+
+    def withdraw_unless_submitted(self, task: _Task) -> None:
+        """Leave the round of ``task`` if the engineer's loop went on without submitting."""
+        with self._changed:
+            if not task.submitted and task is self._task:
+                log.warning("round %d: nothing was submitted, so this site leaves it", task.parameters.round_number)
+                task.submitted = True
+                self._inbox.append((task, None))
+
+    def leave(self, *, finish: bool) -> None:
+        """Stop the thread; if ``finish``, first let a round whose input was submitted come to its end."""
+        if self._thread.is_alive():
+            with self._changed:
+                if finish:
+                    self._changed.wait_for(self._idle, timeout=LEAVE_SECONDS)
+            self._stop.set()
+            self._thread.join()
+        if self._endpoint is not None:
+            self._endpoint.close()
+        if self._journal is not None:
+            self._journal.close()
+
+    def _idle(self) -> bool:
+        return self._over or self._error is not None or self._task is None or not self._task.submitted
+
+    # --- the session thread ---
+
+    def _guarded_loop(self) -> None:
+        try:
+            self._loop()
+        except Exception as error:  # noqa: BLE001  handed to the engineer's thread, which raises it
+            with self._changed:
+                self._error = error
+                self._changed.notify_all()
+
+    def _loop(self) -> None:
+        while not self._stop.is_set():
+            self._say_hello()
+            delivery = self._connection.receive(POLL_SECONDS)
+            if delivery is None:
+                self._check_silence()
+            else:
+                self._silent_since = time.monotonic()
+                self._take(delivery.frames)
+            with self._changed:
+                inbox, self._inbox = self._inbox, []
+            for task, encoded in inbox:
+                self._take_input(task, encoded)
+        if not self._over:
+            with suppress(TransportError):
+                self._withdraw(leaving=True)
+
+    def _take(self, frames: tuple[bytes, ...]) -> None:
+        if frames[0] == control.ROUND:
+            self._take_round_message(frames[1:])
+            return
+        match control.decode_from_coordinator(frames[1:]):
+            case StartRound() as start:
+                self._begin(start)
+            case FederationOver() as over:
+                self._end_round("unfinished")
+                with self._changed:
+                    self._over, self._offer = True, over
+                    self._changed.notify_all()
+                self._stop.set()
+            case Refused(code=code):
+                raise FederationFailed(
+                    f"coordinator at {self.site.manifest.coordinator.address}: it refuses site {self.site.name} ({code}); "
+                    f"expected the manifest with digest {self.site.manifest.digest.hex()[:16]}..."
+                )
+
+    def _begin(self, start: StartRound) -> None:
+        """Build the round from this site's own manifest and roster, and advertise keys; refuse what they do not allow."""
+        self._end_round("unfinished")
+        site = self.site
+        try:
+            vector = self.spec.from_bytes(start.payload, who=f"global model of round {start.round_number}")
+            parameters = round_parameters(
+                site.manifest,
+                run=start.run,
+                round_number=start.round_number,
+                purpose=start.purpose,
+                cohort=start.cohort,
+                model_digest=model_digest(start.payload),
+            )
+            participant = Participant(
+                site=site.name,
+                identity=site.keys.identity,
+                parameters=parameters,
+                journal=self._durable_journal,
+                minimum_survivors=site.minimum_survivors,
+            )
+            messages = participant.start()
+        except SecureAggregationError as error:
+            log.error("round %d refused: %s", start.round_number, error)
+            self.history.append(
+                RoundResult(run=start.run, number=start.round_number, purpose=start.purpose, result=error.code)
+            )
+            self._send(Withdraw(run=start.run, round_number=start.round_number, leaving=False))
+            return
+        self._participant = participant
+        with self._changed:
+            self._task = self._offer = _Task(parameters, start.purpose, vector)
+            self._changed.notify_all()
+        self._send_round(messages)
+
+    def _take_round_message(self, frames: tuple[bytes, ...]) -> None:
+        participant = self._participant
+        if participant is None:
+            return  # a late message of a round that this site has left
+        try:
+            self._send_round(participant.receive(round_codec.decode_from_coordinator(frames)))
+        except SecureAggregationError as error:
+            log.error("%s", error)
+            self._withdraw(leaving=False)
+            self._end_round(error.code)
+            return
+        if isinstance(participant.phase, ParticipantFinished):
+            self._end_round("finished")
+        elif isinstance(participant.phase, Aborted):
+            log.warning("%s", participant.phase.error)
+            self._end_round(participant.phase.error.code)
+
+    def _take_input(self, task: _Task, encoded: EncodedInput | None) -> None:
+        """Mask and send what the engineer's thread handed over, unless its round is over."""
+        participant = self._participant
+        if task is not self._task or participant is None:
+            log.warning("round %d: submitted after the round was over; not sent", task.parameters.round_number)
+        elif encoded is None:
+            self._withdraw(leaving=False)
+            self._end_round("withdrawn")
+        else:
+            self._send_round(participant.submit(encoded))
+
+    def _end_round(self, result: str) -> None:
+        task, self._participant = self._task, None
+        if task is not None:
+            parameters = task.parameters
+            self.history.append(
+                RoundResult(run=parameters.run, number=parameters.round_number, purpose=task.purpose, result=result)
+            )
+        with self._changed:
+            self._task = None
+            self._changed.notify_all()
+
+    def _withdraw(self, *, leaving: bool) -> None:
+        task = self._task
+        run, number = ("", 0) if task is None else (task.parameters.run, task.parameters.round_number)
+        self._send(Withdraw(run=run, round_number=number, leaving=leaving))
+
+    def _say_hello(self) -> None:
+        """Tell the coordinator every few seconds that this site is there: it may have come later, or lost us."""
+        now = time.monotonic()
+        if now >= self._hello_due:
+            self._hello_due = now + HELLO_SECONDS
+            self._send(Hello(manifest_digest=self.site.manifest.digest))
+
+    def _check_silence(self) -> None:
+        """Raise PeerUnreachable once the coordinator has been gone for as long as it lets sites be gone."""
+        limit = self.site.manifest.deadlines.join_seconds
+        reason = self._connection.why_silent()
+        if reason is None:
+            self._silent_since = time.monotonic()
+        elif time.monotonic() - self._silent_since > limit:
+            raise PeerUnreachable(
+                f"coordinator at {self.site.manifest.coordinator.address}: gone for {limit:g} s; {reason}"
+            )
+
+    @property
+    def _durable_journal(self) -> SqliteJournal:
+        if self._journal is None:
+            raise LocalProtocolError("federation: used outside its `with` block")
+        return self._journal
+
+    def _send(self, message: control.FromSite) -> None:
+        self._connection.send(COORDINATOR, control.encode(message))
+
+    def _send_round(self, messages: list[ToCoordinator]) -> None:
+        for message in messages:
+            self._connection.send(COORDINATOR, [control.ROUND, *round_codec.encode(message)])

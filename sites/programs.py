@@ -1,0 +1,164 @@
+"""The two long-running programs behind `secureagg coordinator` and `secureagg site`."""
+
+import logging
+import os
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final, Protocol, Self
+
+import msgspec
+
+from secureagg import codec as round_codec
+from secureagg.messages import (
+    EncryptedShares,
+    KeyAdvertisement,
+    MaskedInput,
+    SurvivorSignature,
+    ToCoordinator,
+    UnmaskShares,
+)
+from sites import control
+from sites.config import open_site
+from sites.coordinator_loop import CoordinatorLoop, RoundRecord
+from sites.errors import ConfigurationError
+from sites.files import write_atomic
+from sites.keys import load_keys
+from sites.manifest import Manifest
+from sites.model_state import model_digest
+from sites.participant_loop import Federation, RoundResult
+from sites.trainer import trainer_for
+from transport import Delivery, Endpoint, PeerId, connect, listen
+
+log = logging.getLogger("secureagg.site")
+
+DROPPED_EXIT_STATUS: Final = 70
+
+# The message by whose absence a coordinator notices, in each phase, that a site has stopped answering.
+MESSAGE_OF_PHASE: Final[dict[str, type[ToCoordinator]]] = {
+    "AdvertisingKeys": KeyAdvertisement,
+    "SharingKeys": EncryptedShares,
+    "CollectingMaskedInputs": MaskedInput,
+    "CheckingConsistency": SurvivorSignature,
+    "Unmasking": UnmaskShares,
+}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SiteSummary:
+    """What a site writes down for its own people, in `summary.json` of its state folder.
+
+    ``epsilon`` at ``delta``: spent on this data so far; ``training_seconds``: per training round; ``rounds``: how each
+    round of this run ended.
+    """
+
+    name: str
+    patients: int
+    epsilon: float | None
+    delta: float
+    noise_multiplier: float | None
+    bytes_sent: int
+    training_seconds: list[float]
+    rounds: list[RoundResult]
+
+
+def run_coordinator(
+    manifest_path: Path,
+    *,
+    keys: Path,
+    initial: Path,
+    state: Path,
+    report: Callable[[RoundRecord], None],
+    notify: Callable[[str], None],
+) -> list[RoundRecord]:
+    """Coordinate one whole run of the consortium; the final model is in ``state``/model.safetensors."""
+    manifest = Manifest.load(manifest_path)
+    manifest.check()
+    own = load_keys(keys)
+    if own.identity.public_key.hex() != manifest.coordinator.signing_key:
+        raise ConfigurationError(f"{keys}: not the keys of the coordinator that {manifest_path} names")
+    try:
+        model = initial.read_bytes()
+    except OSError as error:
+        raise ConfigurationError(f"initial model {initial}: {error.strerror}") from error
+    if model_digest(model).hex() != manifest.model.initial_sha256:
+        raise ConfigurationError(f"initial model {initial}: not the file whose SHA-256 {manifest_path} names")
+    peers = {PeerId(site): card.transport_key for site, card in manifest.roster.items()}
+    with listen(manifest.coordinator.address, secret_key=own.transport_secret, peers=peers) as endpoint:
+        notify(f"listening at {manifest.coordinator.address} for {len(peers)} sites")
+        loop = CoordinatorLoop(
+            manifest=manifest, endpoint=endpoint, initial=model, state=state, report=report, notify=notify
+        )
+        return loop.run()
+
+
+def run_site(
+    config: Path, *, report: Callable[[str], None], stop_answering: tuple[str, int] | None = None
+) -> SiteSummary:
+    """Take part in one whole run with the data that the site's configuration names.
+
+    ``stop_answering``: (coordinator phase, round) in which this process ends as if the machine had failed; for trying out
+    what a dropout does.
+    """
+    site = open_site(config)
+    trainer = trainer_for(site)
+    endpoint: Endpoint | None = None
+    if stop_answering is not None:
+        phase, number = stop_answering
+        endpoint = _FailingEndpoint(
+            connect(
+                site.manifest.coordinator.address,
+                secret_key=site.keys.transport_secret,
+                server_key=site.manifest.coordinator.transport_key_bytes,
+            ),
+            message=MESSAGE_OF_PHASE[phase],
+            round_number=number,
+        )
+    seconds: list[float] = []
+    federation = Federation(site, endpoint=endpoint, evaluate=trainer.evaluate)
+
+    def summarise() -> SiteSummary:
+        summary = SiteSummary(
+            name=site.name,
+            patients=trainer.patients,
+            epsilon=trainer.epsilon,
+            delta=site.manifest.privacy.delta,
+            noise_multiplier=trainer.noise_multiplier,
+            bytes_sent=federation.bytes_sent,
+            training_seconds=seconds,
+            rounds=list(federation.history),
+        )
+        write_atomic(site.state / "summary.json", msgspec.json.format(msgspec.json.encode(summary)) + b"\n")
+        return summary
+
+    with federation:
+        for training_round in federation.rounds():
+            began = time.monotonic()
+            result = trainer.train(training_round.global_state)
+            seconds.append(time.monotonic() - began)
+            summarise()
+            spent = (
+                "no differential privacy" if result.epsilon is None else f"epsilon {result.epsilon:.3f} spent so far"
+            )
+            report(f"round {training_round.number} of {training_round.total}: {seconds[-1]:.2f} s of training, {spent}")
+            training_round.submit(result.state, examples=result.examples, epsilon=result.epsilon)
+        summary = summarise()
+    return summary
+
+
+class _FailingEndpoint:
+    """An endpoint whose process ends at once instead of sending one particular message of the protocol."""
+
+    def __init__(self, inner: Endpoint, *, message: type[ToCoordinator], round_number: int) -> None:
+        self._inner = inner
+        self._message = message
+        self._rounds_left = round_number
+
+    def send(self, peer: PeerId, frames: Sequence[bytes | memoryview]) -> None:
+        if bytes(frames[0]) == control.ROUND:
+            message = round_codec.decode_from_site([bytes(frame) for frame in frames[1:]])
+            self._rounds_left -= isinstance(message, KeyAdvertisement)
+            if self._rounds_left <= 0 and isinstance(message, self._message):
+                os._exit(DROPPED_EXIT_STATUS)
+        self._inner.send(peer, frames)

@@ -1,0 +1,63 @@
+"""How the consortium's signed manifest becomes the parameters of one round: the same on both sides, from own copies."""
+
+from collections.abc import Iterable
+from typing import Final
+
+from secureagg import Counts, FixedPoint, Lane, ParameterError, RoundParameters, SiteId
+from secureagg.parameters import default_threshold
+from sites.control import Purpose
+from sites.manifest import Manifest
+from sites.model_state import ModelSpec
+
+UPDATE: Final = "update"
+CORRECT: Final = "correct"
+TOTAL: Final = "total"
+HISTOGRAM: Final = "histogram"
+
+
+def model_spec(manifest: Manifest) -> ModelSpec:
+    """The tensors that this consortium trains."""
+    return ModelSpec(tuple((tensor.name, tuple(tensor.shape)) for tensor in manifest.model.tensors))
+
+
+def round_parameters(
+    manifest: Manifest, *, run: str, round_number: int, purpose: Purpose, cohort: Iterable[str], model_digest: bytes
+) -> RoundParameters:
+    """The parameters of one round of ``purpose`` with ``cohort``; ParameterError if the manifest does not allow it.
+
+    A training round sums the weighted update and the evaluation counts of the incoming model; an evaluation round sums
+    the counts only.
+    """
+    members = [SiteId(site) for site in cohort]
+    # Stops a coordinator that forms a smaller cohort than every site signed for.
+    if len(members) < manifest.policy.minimum_cohort:
+        raise ParameterError(
+            f"round {round_number}: a cohort of {len(members)} sites, expected at least {manifest.policy.minimum_cohort}"
+        )
+    bound = Counts(maximum=manifest.evaluation.max_examples)
+    lanes = [
+        Lane(name=CORRECT, length=1, encoding=bound),
+        Lane(name=TOTAL, length=1, encoding=bound),
+        Lane(name=HISTOGRAM, length=2 * manifest.evaluation.histogram_bins, encoding=bound),
+    ]
+    if purpose == "train":
+        encoding = FixedPoint(
+            value_range=manifest.encoding.value_range,
+            value_bits=manifest.encoding.value_bits,
+            clip=manifest.encoding.out_of_range == "clip",
+        )
+        lanes.append(Lane(name=UPDATE, length=model_spec(manifest).length, encoding=encoding, weighted=True))
+    return RoundParameters.create(
+        consortium=f"{manifest.consortium.name}@{manifest.digest.hex()}",
+        run=run,
+        round_number=round_number,
+        roster=manifest.roster,
+        cohort=members,
+        lanes=lanes,
+        model_digest=model_digest,
+        max_weight=manifest.encoding.max_examples if purpose == "train" else None,
+        max_corrupt=manifest.policy.max_corrupt,
+        minimum_survivors=max(
+            manifest.policy.minimum_survivors, default_threshold(len(members)), manifest.policy.max_corrupt + 2
+        ),
+    )
