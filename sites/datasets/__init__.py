@@ -1,1 +1,1 @@
-"""sites/datasets"""
+"""Data sets that a site can train on without writing code."""
