@@ -1,8 +1,8 @@
 """What the two loops say to each other around a round, and how it shares a connection with the round's own messages.
 
 The first frame of every delivery is a one-byte tag: a control message (MessagePack, then at most one raw frame, the
-global model) or a message of the secure aggregation protocol.  Nothing here is trusted for security: a site checks every
-number against its own manifest, and the round's context binds what it uses.
+global model) or a message of the secure aggregation protocol.  Nothing here is trusted for security: a site checks
+every number against its own manifest, and the round's context binds what it uses.
 """
 
 from collections.abc import Sequence

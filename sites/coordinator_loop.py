@@ -1,7 +1,7 @@
 """The coordinator's program: frames in, frames out, one round after another.
 
-It drives ``secureagg.Coordinator`` with what arrives, turns the end of a time-out into the end of a phase, and moves the
-global model by each released mean update.  All it ever holds of a site are its public keys, ciphertexts and masked
+It drives ``secureagg.Coordinator`` with what arrives, turns the end of a time-out into the end of a phase, and moves
+the global model by each released mean update.  All it ever holds of a site are its public keys, ciphertexts and masked
 integers; what it learns are sums.
 """
 
@@ -19,7 +19,7 @@ from secureagg import codec as round_codec
 from secureagg.messages import MaskedInput
 from secureagg.phases import Aborted, CollectingMaskedInputs, CoordinatorFinished
 from sites import control
-from sites.control import FederationOver, Hello, Purpose, Refused, StartRound, Withdraw
+from sites.control import FederationOver, Purpose, Refused, StartRound, Withdraw
 from sites.errors import FederationFailed
 from sites.evaluation import Metrics, metrics_from_histogram
 from sites.files import write_atomic
@@ -114,7 +114,8 @@ class CoordinatorLoop:
                 failures = 0 if aggregate is not None else failures + 1
                 if failures == FAILURES_IN_A_ROW or (aggregate is None and number > rounds):
                     raise FederationFailed(
-                        f"coordinator: round {number} and {failures - 1} before it ended without a release, the last one with "
+                        f"coordinator: round {number} and {failures - 1} before it ended without a release, the last "
+                        "one with "
                         f"{record.error}; the model of the last finished round is in {self._state}"
                     )
             code = "finished"
@@ -140,7 +141,8 @@ class CoordinatorLoop:
             missing = sorted(set(self._roster) - self._present)
             raise FederationFailed(
                 f"coordinator: {len(self._present)} of {len(self._roster)} sites joined within "
-                f"{self._manifest.deadlines.join_seconds:g} s, expected at least {minimum}; missing: {', '.join(missing)}"
+                f"{self._manifest.deadlines.join_seconds:g} s, expected at least {minimum}; missing: "
+                f"{', '.join(missing)}"
             )
 
     def _take_control(self, delivery: Delivery) -> Withdraw | None:
@@ -169,7 +171,8 @@ class CoordinatorLoop:
     # --- one round ---
 
     def _play(self, number: int, purpose: Purpose) -> tuple[RoundRecord, Aggregate | None]:
-        """One round from its start to a release or an abort; the record says which, the aggregate is None for the latter."""
+        """One round from its start to a release or an abort; the record says which, the aggregate is None for the
+        latter."""
         if len(self._present) < self._manifest.policy.minimum_cohort:
             self._wait_for_sites()
         record = RoundRecord(run=self._run, number=number, purpose=purpose, cohort=tuple(sorted(self._present)))

@@ -12,7 +12,8 @@ PRIVATE_MODE: Final = 0o600
 
 
 def write_atomic(path: Path, data: bytes, *, mode: int = 0o644) -> None:
-    """Replace ``path`` by ``data`` in one step, on disk when this returns; ConfigurationError naming it if that fails."""
+    """Replace ``path`` by ``data`` in one step, on disk when this returns; ConfigurationError naming it if that
+    fails."""
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
     try:
         descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode)

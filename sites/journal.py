@@ -34,7 +34,8 @@ class SqliteJournal:
         """See ``secureagg.Journal.begin``."""
         # One statement, so that two processes cannot both pass.
         changed = self._database.execute(
-            "INSERT INTO begun VALUES (?1, ?2) ON CONFLICT (run) DO UPDATE SET round_number = ?2 WHERE round_number < ?2",
+            "INSERT INTO begun VALUES (?1, ?2) ON CONFLICT (run) DO UPDATE SET round_number = ?2 WHERE round_number "
+            "< ?2",
             (run, round_number),
         ).rowcount
         if changed != 1:

@@ -210,7 +210,8 @@ class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
         return Roster(entry.card for entry in self.sites)
 
     def sign(self, identity: Identity, site: SiteId) -> Self:
-        """This manifest with ``site``'s signature added or replaced; ManifestError unless it is listed with this key."""
+        """This manifest with ``site``'s signature added or replaced; ManifestError unless it is listed with this
+        key."""
         listed = {entry.name: entry for entry in self.sites}.get(site)
         if listed is None or listed.signing_key != identity.public_key.hex():
             raise ManifestError(f"manifest of {self.consortium.name}: site {site} is not listed with these keys")

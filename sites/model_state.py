@@ -80,7 +80,8 @@ class ModelSpec:
         return save({name: tensor.numpy() for name, tensor in self.restore(vector).items()})
 
     def from_bytes(self, data: bytes, *, who: str) -> npt.NDArray[np.float32]:
-        """The flat vector of a safetensors file; ShapeMismatch naming ``who`` if it is another model or no such file."""
+        """The flat vector of a safetensors file; ShapeMismatch naming ``who`` if it is another model or no such
+        file."""
         try:
             arrays = load(data)
         except SafetensorError as error:

@@ -40,7 +40,7 @@ from sites import control
 from sites.config import OpenSite, open_site
 from sites.control import FederationOver, Hello, Purpose, Refused, StartRound, Withdraw
 from sites.errors import ConfigurationError, FederationFailed
-from sites.evaluation import score_histogram
+from sites.evaluation import DECISION, score_histogram
 from sites.journal import SqliteJournal
 from sites.model_state import State, model_digest
 from sites.rounds import CORRECT, HISTOGRAM, TOTAL, UPDATE, model_spec, round_parameters
@@ -58,12 +58,14 @@ Evaluate = Callable[[State], tuple[npt.NDArray[np.floating], npt.NDArray[np.inte
 class Round:
     """One training round, as the engineer sees it.
 
-    ``number``: from 1; ``total``: how many the consortium planned; ``global_state``: the tensors to train from.
+    ``run``: names the training run; ``number``: of the round, from 1; ``total``: how many the consortium planned;
+    ``global_state``: the tensors to train from.
     """
 
     def __init__(self, *, session: "_Session", task: "_Task") -> None:
         self._session = session
         self._task = task
+        self.run = task.parameters.run
         self.number = task.parameters.round_number
         self.total = session.site.manifest.training.rounds
         self.global_state = session.spec.restore(task.vector)
@@ -83,7 +85,8 @@ class Round:
         if privacy.mode == "local" and (epsilon is None or not 0 <= epsilon <= privacy.epsilon):
             found = "none" if epsilon is None else f"{epsilon:.4g}"
             raise ParameterError(
-                f"round {self.number}: found {found} as the epsilon spent so far, expected one up to {privacy.epsilon:g}, "
+                f"round {self.number}: found {found} as the epsilon spent so far, expected one up to "
+                f"{privacy.epsilon:g}, "
                 "since the consortium's privacy mode is local"
             )
         who = f"state submitted to round {self.number}"
@@ -130,9 +133,9 @@ class Federation:
     def rounds(self) -> Iterator[Round]:
         """Each training round that the coordinator starts with this site, until the federation is over.
 
-        Before each it evaluates the incoming global model on this site's held-out data, if ``join`` was given the means;
-        only summed counts ever leave the consortium's masks.  Raises PeerUnreachable when the coordinator is gone and
-        FederationFailed when it refuses this site or gives up; the engineer's own state is untouched.
+        Before each it evaluates the incoming global model on this site's held-out data, if ``join`` was given the
+        means; only summed counts ever leave the consortium's masks.  Raises PeerUnreachable when the coordinator is
+        gone and FederationFailed when it refuses this site or gives up; the engineer's own state is untouched.
         """
         while (item := self._session.next_task()) is not None:
             if isinstance(item, FederationOver):
@@ -152,11 +155,12 @@ class Federation:
 
     def _counts(self, task: "_Task") -> dict[str, npt.NDArray[np.int64]]:
         """Evaluation counts of the incoming model on this site's held-out data; zeros without the means to evaluate."""
-        scores, labels = np.zeros(0), np.zeros(0, np.int64)
+        scores: npt.NDArray[np.floating] = np.zeros(0)
+        labels: npt.NDArray[np.integer] = np.zeros(0, np.int64)
         if self._evaluate is not None:
             scores, labels = self._evaluate(self._session.spec.restore(task.vector))
         histogram = score_histogram(scores, labels, self._session.site.manifest.evaluation.histogram_bins)
-        correct = np.sum((scores >= 0.5) == (labels > 0.5))  # noqa: PLR2004
+        correct = np.sum((scores >= DECISION) == (labels == 1))
         return {
             CORRECT: np.array([correct], np.int64),
             TOTAL: np.array([len(labels)], np.int64),
@@ -168,8 +172,8 @@ def join(config: str | Path, *, evaluate: Evaluate | None = None) -> Federation:
     """The federation that ``config`` (a SITE.toml) describes, to be entered with ``with``.
 
     ``evaluate``: takes a global state and returns the held-out examples' scores in [0, 1] and their 0/1 labels, for the
-    consortium's summed metrics; without it this site contributes zeros.  Raises the errors of ``open_site``: keys, manifest
-    and signatures are checked before anything is sent.
+    consortium's summed metrics; without it this site contributes zeros.  Raises the errors of ``open_site``: keys,
+    manifest and signatures are checked before anything is sent.
     """
     return Federation(open_site(Path(config)), evaluate=evaluate)
 
@@ -236,7 +240,7 @@ class _Session:
             self._endpoint = connect(
                 site.manifest.coordinator.address,
                 secret_key=site.keys.transport_secret,
-                server_key=bytes.fromhex(site.manifest.coordinator.transport_key),
+                server_key=site.manifest.coordinator.card.transport_key,
             )
         self._thread.start()
 
@@ -299,7 +303,7 @@ class _Session:
     def _guarded_loop(self) -> None:
         try:
             self._loop()
-        except Exception as error:  # noqa: BLE001  handed to the engineer's thread, which raises it
+        except Exception as error:  # handed to the engineer's thread, which raises it
             with self._changed:
                 self._error = error
                 self._changed.notify_all()
@@ -336,12 +340,14 @@ class _Session:
                 self._stop.set()
             case Refused(code=code):
                 raise FederationFailed(
-                    f"coordinator at {self.site.manifest.coordinator.address}: it refuses site {self.site.name} ({code}); "
+                    f"coordinator at {self.site.manifest.coordinator.address}: it refuses site {self.site.name} "
+                    f"({code}); "
                     f"expected the manifest with digest {self.site.manifest.digest.hex()[:16]}..."
                 )
 
     def _begin(self, start: StartRound) -> None:
-        """Build the round from this site's own manifest and roster, and advertise keys; refuse what they do not allow."""
+        """Build the round from this site's own manifest and roster, and advertise keys; refuse what they do not
+        allow."""
         self._end_round("unfinished")
         site = self.site
         try:

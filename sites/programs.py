@@ -3,10 +3,10 @@
 import logging
 import os
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Final, Protocol, Self
+from typing import Final
 
 import msgspec
 
@@ -20,7 +20,7 @@ from secureagg.messages import (
     UnmaskShares,
 )
 from sites import control
-from sites.config import open_site
+from sites.config import OpenSite, open_site
 from sites.coordinator_loop import CoordinatorLoop, RoundRecord
 from sites.errors import ConfigurationError
 from sites.files import write_atomic
@@ -29,7 +29,7 @@ from sites.manifest import Manifest
 from sites.model_state import model_digest
 from sites.participant_loop import Federation, RoundResult
 from sites.trainer import trainer_for
-from transport import Delivery, Endpoint, PeerId, connect, listen
+from transport import DealerEndpoint, Endpoint, Limits, PeerId, listen
 
 log = logging.getLogger("secureagg.site")
 
@@ -98,23 +98,15 @@ def run_site(
 ) -> SiteSummary:
     """Take part in one whole run with the data that the site's configuration names.
 
-    ``stop_answering``: (coordinator phase, round) in which this process ends as if the machine had failed; for trying out
-    what a dropout does.
+    ``stop_answering``: (coordinator phase, round) in which this process ends as if the machine had failed; for trying
+    out what a dropout does.
     """
     site = open_site(config)
     trainer = trainer_for(site)
     endpoint: Endpoint | None = None
     if stop_answering is not None:
         phase, number = stop_answering
-        endpoint = _FailingEndpoint(
-            connect(
-                site.manifest.coordinator.address,
-                secret_key=site.keys.transport_secret,
-                server_key=site.manifest.coordinator.transport_key_bytes,
-            ),
-            message=MESSAGE_OF_PHASE[phase],
-            round_number=number,
-        )
+        endpoint = _FailingEndpoint(site, phase=phase, round_number=number)
     seconds: list[float] = []
     federation = Federation(site, endpoint=endpoint, evaluate=trainer.evaluate)
 
@@ -135,7 +127,9 @@ def run_site(
     with federation:
         for training_round in federation.rounds():
             began = time.monotonic()
-            result = trainer.train(training_round.global_state)
+            result = trainer.train(
+                training_round.global_state, run=training_round.run, round_number=training_round.number
+            )
             seconds.append(time.monotonic() - began)
             summarise()
             spent = (
@@ -143,22 +137,27 @@ def run_site(
             )
             report(f"round {training_round.number} of {training_round.total}: {seconds[-1]:.2f} s of training, {spent}")
             training_round.submit(result.state, examples=result.examples, epsilon=result.epsilon)
-        summary = summarise()
-    return summary
+        return summarise()
 
 
-class _FailingEndpoint:
-    """An endpoint whose process ends at once instead of sending one particular message of the protocol."""
+class _FailingEndpoint(DealerEndpoint):
+    """A site's endpoint whose process ends at once instead of sending one particular message of the protocol."""
 
-    def __init__(self, inner: Endpoint, *, message: type[ToCoordinator], round_number: int) -> None:
-        self._inner = inner
-        self._message = message
+    def __init__(self, site: OpenSite, *, phase: str, round_number: int) -> None:
+        super().__init__(
+            site.manifest.coordinator.address,
+            secret_key=site.keys.transport_secret,
+            server_key=site.manifest.coordinator.card.transport_key,
+            limits=Limits(),
+        )
+        self._message = MESSAGE_OF_PHASE[phase]
         self._rounds_left = round_number
 
     def send(self, peer: PeerId, frames: Sequence[bytes | memoryview]) -> None:
+        """See ``Endpoint.send``."""
         if bytes(frames[0]) == control.ROUND:
             message = round_codec.decode_from_site([bytes(frame) for frame in frames[1:]])
             self._rounds_left -= isinstance(message, KeyAdvertisement)
             if self._rounds_left <= 0 and isinstance(message, self._message):
                 os._exit(DROPPED_EXIT_STATUS)
-        self._inner.send(peer, frames)
+        super().send(peer, frames)

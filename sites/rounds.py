@@ -32,7 +32,8 @@ def round_parameters(
     # Stops a coordinator that forms a smaller cohort than every site signed for.
     if len(members) < manifest.policy.minimum_cohort:
         raise ParameterError(
-            f"round {round_number}: a cohort of {len(members)} sites, expected at least {manifest.policy.minimum_cohort}"
+            f"round {round_number}: a cohort of {len(members)} sites, expected at least "
+            f"{manifest.policy.minimum_cohort}"
         )
     bound = Counts(maximum=manifest.evaluation.max_examples)
     lanes = [

@@ -1,7 +1,7 @@
 """From the securely aggregated mean update to the next global model, by torch.optim.
 
-The mean update is the negative of a gradient (Reddi et al., Adaptive Federated Optimization, ICLR 2021): plain averaging
-is SGD with learning rate 1, FedAvgM adds momentum, FedAdam is Adam.
+The mean update is the negative of a gradient (Reddi et al., Adaptive Federated Optimization, ICLR 2021): plain
+averaging is SGD with learning rate 1, FedAvgM adds momentum, FedAdam is Adam.
 """
 
 from collections.abc import Callable

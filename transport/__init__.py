@@ -3,11 +3,12 @@
 from transport.endpoint import COORDINATOR, Delivery, Endpoint, MemoryNetwork, PeerId
 from transport.envelope import Limits
 from transport.errors import AddressUnusable, FrameTooLarge, MalformedFrame, PeerUnreachable, TransportError
-from transport.zeromq import connect, generate_keypair, listen, public_key
+from transport.zeromq import DealerEndpoint, RouterEndpoint, connect, generate_keypair, listen, public_key
 
 __all__ = [
     "COORDINATOR",
     "AddressUnusable",
+    "DealerEndpoint",
     "Delivery",
     "Endpoint",
     "FrameTooLarge",
@@ -16,6 +17,7 @@ __all__ = [
     "MemoryNetwork",
     "PeerId",
     "PeerUnreachable",
+    "RouterEndpoint",
     "TransportError",
     "connect",
     "generate_keypair",

