@@ -4,6 +4,7 @@ Zhang 2019; conversion after Balle et al. 2020), through Opacus' implementation.
 import math
 import warnings
 from collections.abc import Iterable, Sequence
+from functools import lru_cache
 from typing import Final
 
 from dp.errors import BudgetExhausted, UnsupportedEvent
@@ -15,29 +16,38 @@ ORDERS: Final = (
     *(float(order) for order in range(12, 64)),
     *(float(order) for order in range(64, 513, 16)),
 )
+SMALLEST_NOISE_MULTIPLIER: Final = 0.05
 LARGEST_NOISE_MULTIPLIER: Final = 1e5
 
 
 def rdp_epsilon(events: Iterable[PoissonSampledGaussian], delta: float) -> float:
     """The epsilon at ``delta`` of all ``events`` on the same data together; 0 for none."""
-    from opacus.accountants.analysis import rdp  # noqa: PLC0415  imports torch, which the ledger must not wait for
-
     if not 0 < delta < 1:
         raise UnsupportedEvent(f"delta: found {delta}, expected above 0 and below 1")
     history = list(events)
     if not history:
         return 0.0
-    total: list[float] = [0.0] * len(ORDERS)
+    from opacus.accountants.analysis import rdp  # noqa: PLC0415  imports torch, which the ledger must not wait for
+
+    total = [0.0] * len(ORDERS)
     for event in history:
-        curve = rdp.compute_rdp(
-            q=event.sampling_rate, noise_multiplier=event.noise_multiplier, steps=event.steps, orders=ORDERS
-        )
-        total = [sum(pair) for pair in zip(total, curve, strict=True)]
+        step = _curve_of_a_step(event.sampling_rate, event.noise_multiplier)
+        total = [so_far + event.steps * one for so_far, one in zip(total, step, strict=True)]
     with warnings.catch_warnings():
         # Opacus warns where a smallest or largest order is best: the bound is looser then, and still a bound.
         warnings.simplefilter("ignore", UserWarning)
         epsilon, _ = rdp.get_privacy_spent(orders=list(ORDERS), rdp=total, delta=delta)
     return float(epsilon)
+
+
+@lru_cache(maxsize=256)
+def _curve_of_a_step(sampling_rate: float, noise_multiplier: float) -> tuple[float, ...]:
+    """Renyi divergence at each of ORDERS of one step.  It takes a tenth of a second, and a run repeats its "
+    "mechanism."""
+    from opacus.accountants.analysis import rdp  # noqa: PLC0415
+
+    curve = rdp.compute_rdp(q=sampling_rate, noise_multiplier=noise_multiplier, steps=1, orders=ORDERS)
+    return tuple(float(order) for order in curve)
 
 
 def noise_multiplier_for(
@@ -58,14 +68,18 @@ def noise_multiplier_for(
         event = PoissonSampledGaussian(sampling_rate=sampling_rate, noise_multiplier=noise_multiplier, steps=steps)
         return rdp_epsilon([*spent, event], delta)
 
-    low, high = 0.05, LARGEST_NOISE_MULTIPLIER
-    if (least := total(high)) > epsilon:
+    if (least := total(LARGEST_NOISE_MULTIPLIER)) > epsilon:
         raise BudgetExhausted(
-            f"noise for {steps} steps at sampling rate {sampling_rate:.4g}: epsilon {rdp_epsilon(spent, delta):.4g} "
-            "is spent "
-            f"and even a noise multiplier of {high:g} leads to {least:.4g}, expected at most {epsilon:g} at delta "
-            f"{delta:g}"
+            f"noise for {steps} steps at sampling rate {sampling_rate:.4g}: epsilon {rdp_epsilon(spent, delta):.4g} is "
+            f"spent and even a noise multiplier of {LARGEST_NOISE_MULTIPLIER:g} leads to {least:.4g}, "
+            f"expected at most {epsilon:g} at delta {delta:g}"
         )
+    high = 1.0
+    while total(high) > epsilon:
+        high *= 2
+    low = high / 2
+    while low > SMALLEST_NOISE_MULTIPLIER and total(low) <= epsilon:
+        low, high = low / 2, low
     while high / low > 1.001:
         middle = math.sqrt(low * high)
         low, high = (low, middle) if total(middle) <= epsilon else (middle, high)

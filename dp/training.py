@@ -6,6 +6,7 @@ gives per-example gradients and clips them; sampling, noise, step count and empt
 """
 
 import os
+import warnings
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 
@@ -95,7 +96,10 @@ def train_private(
             chosen = torch.from_numpy(coins.random(len(patients)) < event.sampling_rate)
             optimizer.zero_grad()
             if chosen.any():
-                torch.autograd.backward(loss(wrapped(features[chosen]), targets[chosen]))
+                with warnings.catch_warnings():
+                    # torch tells that inputs need no gradients, which is so for data.
+                    warnings.filterwarnings("ignore", "Full backward hook is firing", UserWarning)
+                    torch.autograd.backward(loss(wrapped(features[chosen]), targets[chosen]))
             else:
                 # An empty batch is a step like any other: it is noised and it counts.
                 for parameter in model.parameters():

@@ -1,14 +1,17 @@
 """One hospital's own configuration (SITE.toml), and everything that must hold before it takes part."""
 
+import os
 import tomllib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
 
 import msgspec
+import tomli_w
 
 from secureagg import SiteId
 from sites.errors import ConfigurationError, ManifestError
+from sites.files import write_atomic
 from sites.keys import Keys, load_keys
 from sites.manifest import Manifest
 
@@ -51,6 +54,24 @@ class SiteConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_onl
     privacy: LocalPrivacy | NoPrivacy
     policy: OwnPolicy = OwnPolicy()
     data: OwnData | None = None
+
+
+def save_config(
+    path: Path, *, manifest: Manifest, manifest_path: Path, keys: Path, site: str, data: OwnData | None
+) -> None:
+    """Write the SITE.toml of ``site`` that pins ``manifest`` and accepts its privacy bounds; state lies beside it."""
+    offered, folder = manifest.privacy, path.parent
+    config = SiteConfig(
+        name=site,
+        manifest=os.path.relpath(manifest_path, folder),
+        manifest_sha256=manifest.digest.hex(),
+        keys=os.path.relpath(keys, folder),
+        state=".",
+        privacy=LocalPrivacy(epsilon=offered.epsilon, delta=offered.delta) if offered.mode == "local" else NoPrivacy(),
+        data=data,
+    )
+    fields = {name: value for name, value in msgspec.to_builtins(config).items() if value is not None}
+    write_atomic(path, tomli_w.dumps(fields).encode())
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

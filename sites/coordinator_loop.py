@@ -16,16 +16,17 @@ import msgspec
 
 from secureagg import Aggregate, Coordinator, Outbound, RemoteProtocolError, SiteId
 from secureagg import codec as round_codec
+from secureagg.lanes import WEIGHT
 from secureagg.messages import MaskedInput
 from secureagg.phases import Aborted, CollectingMaskedInputs, CoordinatorFinished
 from sites import control
 from sites.control import FederationOver, Purpose, Refused, StartRound, Withdraw
 from sites.errors import FederationFailed
-from sites.evaluation import Metrics, metrics_from_histogram
+from sites.evaluation import Metrics, metrics_from_counts
 from sites.files import write_atomic
 from sites.manifest import Manifest
 from sites.model_state import model_digest
-from sites.rounds import HISTOGRAM, UPDATE, model_spec, round_parameters
+from sites.rounds import CORRECT, HISTOGRAM, TOTAL, UPDATE, model_spec, round_parameters
 from sites.server_optimizer import ServerOptimizer
 from transport import Delivery, Endpoint, PeerId, TransportError
 
@@ -39,7 +40,8 @@ class RoundRecord:
 
     ``dropped``: site -> phase in which it was given up; ``refused``: error codes of refused messages per site;
     ``seconds``: phase -> wall time; ``masked_sample``: site -> first bytes of its masked input, in hexadecimal;
-    ``metrics``: of the model that the round started from; ``error``: code of the error that ended it, or empty.
+    ``examples``: the survivors' summed weight; ``metrics``: of the model that the round started from; ``error``: code
+    of the error that ended it, or empty.
     """
 
     run: str
@@ -52,6 +54,7 @@ class RoundRecord:
     seconds: dict[str, float] = field(default_factory=dict)
     bytes_received: dict[str, int] = field(default_factory=dict)
     masked_sample: dict[str, str] = field(default_factory=dict)
+    examples: int | None = None
     metrics: Metrics | None = None
     error: str = ""
 
@@ -195,7 +198,13 @@ class CoordinatorLoop:
         if isinstance(machine.phase, CoordinatorFinished):
             aggregate = machine.phase.aggregate
             record.survivors = aggregate.survivors
-            record.metrics = metrics_from_histogram(aggregate.totals[HISTOGRAM].reshape(2, -1))
+            totals = aggregate.totals
+            record.metrics = metrics_from_counts(
+                correct=int(totals[CORRECT][0]),
+                total=int(totals[TOTAL][0]),
+                histogram=totals[HISTOGRAM].reshape(2, -1),
+            )
+            record.examples = int(totals[WEIGHT][0]) if WEIGHT in totals else None
             return record, aggregate
         if isinstance(machine.phase, Aborted):
             record.error = machine.phase.error.code

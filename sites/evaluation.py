@@ -1,8 +1,9 @@
 """Evaluation by counts that can be summed: nothing else about a site's predictions leaves it.
 
-Scores fall into bins of equal width over [0, 1]; from the two summed histograms come AUC, accuracy and balanced
-accuracy. An even number of bins puts the decision threshold 0.5 on an edge, so both accuracies are exact; the AUC
-counts a pair within one bin as half right, an error of at most half the share of such pairs.
+The sums of right decisions and of examples give the accuracy.  Scores fall into bins of equal width over [0, 1]; from
+the two summed histograms come AUC and balanced accuracy.  An even number of bins puts the decision threshold 0.5 on an
+edge, so the balanced accuracy is exact; the AUC counts a pair within one bin as half right, an error of at most half
+the share of such pairs.
 """
 
 from dataclasses import dataclass
@@ -45,19 +46,27 @@ def score_histogram(
     return np.stack([np.bincount(index[labels == label], minlength=bins) for label in (0, 1)]).astype(np.int64)
 
 
-def metrics_from_histogram(histogram: npt.NDArray[np.int64]) -> Metrics:
-    """The metrics of summed counts of shape (2, bins)."""
-    negatives, positives = histogram
-    bins = len(negatives)
-    below = slice(0, bins // 2)
-    right = np.array([negatives[below].sum(), positives.sum() - positives[below].sum()])
-    of = histogram.sum(axis=1)
-    total = int(of.sum())
+def metrics_from_counts(*, correct: int, total: int, histogram: npt.NDArray[np.int64]) -> Metrics:
+    """The metrics of summed counts: right decisions out of how many, and the histogram of shape (2, bins)."""
     if total == 0:
         return Metrics(auc=None, accuracy=None, balanced_accuracy=None)
-    accuracy = float(right.sum() / total)
+    negatives, positives = histogram
+    bins = len(negatives)
+    of = histogram.sum(axis=1)
     if (of == 0).any():
-        return Metrics(auc=None, accuracy=accuracy, balanced_accuracy=None)
+        return Metrics(auc=None, accuracy=correct / total, balanced_accuracy=None)
+    right = np.array([negatives[: bins // 2].sum(), positives[bins // 2 :].sum()])
     lower_negatives = np.cumsum(negatives) - negatives
     pairs = (positives * (lower_negatives + negatives / 2)).sum()
-    return Metrics(auc=float(pairs / of.prod()), accuracy=accuracy, balanced_accuracy=float((right / of).mean()))
+    return Metrics(auc=float(pairs / of.prod()), accuracy=correct / total, balanced_accuracy=float((right / of).mean()))
+
+
+def evaluate_scores(scores: npt.NDArray[np.floating], labels: npt.NDArray[np.number], bins: int) -> Metrics:
+    """The metrics of one set of scores in [0, 1] and 0/1 labels, computed exactly as those of summed counts."""
+    histogram = score_histogram(scores, labels, bins)
+    return metrics_from_counts(correct=count_correct(scores, labels), total=len(labels), histogram=histogram)
+
+
+def count_correct(scores: npt.NDArray[np.floating], labels: npt.NDArray[np.number]) -> int:
+    """How many decisions at 0.5 are right."""
+    return int(np.sum((scores >= DECISION) == (labels == 1)))

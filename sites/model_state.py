@@ -33,6 +33,11 @@ class ModelSpec:
         """The specification of tensors given as name -> shape."""
         return cls(tuple((name, tuple(shape)) for name, shape in tensors.items()))
 
+    @classmethod
+    def of_bytes(cls, data: bytes, *, who: str) -> Self:
+        """The specification of a safetensors file, in the file's order; ShapeMismatch naming ``who`` if it is none."""
+        return cls.of({name: array.shape for name, array in _load(data, who=who).items()})
+
     @property
     def length(self) -> int:
         """Numbers in the flat vector."""
@@ -82,11 +87,14 @@ class ModelSpec:
     def from_bytes(self, data: bytes, *, who: str) -> npt.NDArray[np.float32]:
         """The flat vector of a safetensors file; ShapeMismatch naming ``who`` if it is another model or no such
         file."""
-        try:
-            arrays = load(data)
-        except SafetensorError as error:
-            raise ShapeMismatch(f"{who}: not a safetensors file") from error
-        return self.flatten({name: torch.from_numpy(array) for name, array in arrays.items()}, who=who)
+        return self.flatten({name: torch.from_numpy(array) for name, array in _load(data, who=who).items()}, who=who)
+
+
+def _load(data: bytes, *, who: str) -> dict[str, npt.NDArray[np.generic]]:
+    try:
+        return load(data)
+    except SafetensorError as error:
+        raise ShapeMismatch(f"{who}: not a safetensors file") from error
 
 
 def model_digest(data: bytes) -> bytes:

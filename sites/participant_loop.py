@@ -40,7 +40,7 @@ from sites import control
 from sites.config import OpenSite, open_site
 from sites.control import FederationOver, Hello, Purpose, Refused, StartRound, Withdraw
 from sites.errors import ConfigurationError, FederationFailed
-from sites.evaluation import DECISION, score_histogram
+from sites.evaluation import count_correct, score_histogram
 from sites.journal import SqliteJournal
 from sites.model_state import State, model_digest
 from sites.rounds import CORRECT, HISTOGRAM, TOTAL, UPDATE, model_spec, round_parameters
@@ -160,9 +160,8 @@ class Federation:
         if self._evaluate is not None:
             scores, labels = self._evaluate(self._session.spec.restore(task.vector))
         histogram = score_histogram(scores, labels, self._session.site.manifest.evaluation.histogram_bins)
-        correct = np.sum((scores >= DECISION) == (labels == 1))
         return {
-            CORRECT: np.array([correct], np.int64),
+            CORRECT: np.array([count_correct(scores, labels)], np.int64),
             TOTAL: np.array([len(labels)], np.int64),
             HISTOGRAM: histogram.reshape(-1),
         }

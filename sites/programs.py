@@ -140,6 +140,16 @@ def run_site(
         return summarise()
 
 
+def stop_at(text: str) -> tuple[str, int]:
+    """The phase and round of "PHASE:ROUND"; ConfigurationError for anything else."""
+    phase, _, number = text.partition(":")
+    if phase not in MESSAGE_OF_PHASE or not number.isdigit():
+        raise ConfigurationError(
+            f"stop-answering: found {text!r}, expected one of {', '.join(MESSAGE_OF_PHASE)}, a colon and a round"
+        )
+    return phase, int(number)
+
+
 class _FailingEndpoint(DealerEndpoint):
     """A site's endpoint whose process ends at once instead of sending one particular message of the protocol."""
 

@@ -7,6 +7,7 @@ from typing import Final
 import numpy as np
 import numpy.typing as npt
 import torch
+from safetensors.numpy import save
 from torch import nn
 
 from dp.accountants import noise_multiplier_for
@@ -39,6 +40,11 @@ def heart_model() -> nn.Module:
     nn.init.zeros_(model.weight)
     nn.init.zeros_(model.bias)
     return model
+
+
+def initial_heart_model() -> bytes:
+    """The safetensors bytes of ``heart_model``: where the heart federation starts."""
+    return save({name: tensor.numpy() for name, tensor in heart_model().state_dict().items()})
 
 
 def binary_loss(predictions: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:

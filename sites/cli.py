@@ -1,0 +1,309 @@
+"""The command line: `secureagg keygen | consortium | coordinator | site | demo`.
+
+Every failure that a user can cause is one sentence on standard error and exit status 1; a wrong option is status 2.
+What takes seconds to import is imported inside the command that needs it.
+"""
+
+import logging
+import sys
+from enum import StrEnum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, NoReturn
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+
+from dp.errors import PrivacyError
+from secureagg import SecureAggregationError
+from sites.errors import SiteError
+from transport import TransportError
+
+if TYPE_CHECKING:
+    import msgspec
+
+    from sites.coordinator_loop import RoundRecord
+    from sites.manifest import Manifest
+
+app = typer.Typer(
+    help="Hospitals train one model together; nobody, the coordinator included, sees one hospital's update.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+)
+consortium_app = typer.Typer(help="Create, sign and read the manifest that all sites agree on.", no_args_is_help=True)
+app.add_typer(consortium_app, name="consortium")
+
+out = Console(highlight=False)
+
+
+class Data(StrEnum):
+    """Built-in data sets."""
+
+    HEART = "heart"
+
+
+def main() -> NoReturn:
+    """Run the command line; exits with 0, 1 for a failure, 2 for wrong usage."""
+    try:
+        app()
+    except (SecureAggregationError, SiteError, PrivacyError, TransportError) as error:
+        _fail(str(error))
+    except KeyboardInterrupt:
+        _fail("stopped by the user")
+    except OSError as error:
+        _fail(f"{error.filename or 'system'}: {error.strerror or error}")
+    sys.exit(0)
+
+
+def _fail(sentence: str) -> NoReturn:
+    sys.stderr.write(f"Error: {sentence}\n")
+    sys.exit(1)
+
+
+def _example(text: str) -> str:
+    return f"[bold]Example[/bold]: [cyan]{escape(text)}[/cyan]"
+
+
+@app.command(epilog=_example("secureagg keygen hospital-a --out keys/"))
+def keygen(
+    name: Annotated[str, typer.Argument(help="The machine's name: a-z 0-9 . _ -, up to 64 characters.")],
+    folder: Annotated[Path, typer.Option("--out", help="Folder for the two files.")] = Path(),
+) -> None:
+    """Make the keys of a site or a coordinator: NAME.keys stays (mode 600), NAME.card is handed out."""
+    from sites.keys import generate_keys, save_keys  # noqa: PLC0415
+
+    private, public = save_keys(generate_keys(name), folder)
+    out.print(f"{private}  private keys, never leaves this machine", soft_wrap=True)
+    out.print(f"{public}  public card, hand it to whoever creates the manifest", soft_wrap=True)
+
+
+@consortium_app.command(
+    epilog=_example(
+        "secureagg consortium create manifest.toml --name 'Heart' --coordinator c.card --address tcp://sum.example:5555"
+        " a.card b.card c.card"
+    )
+)
+def create(
+    manifest: Annotated[Path, typer.Argument(help="File to write.")],
+    cards: Annotated[list[Path], typer.Argument(help="The public card of each site; at least three.")],
+    name: Annotated[str, typer.Option(help="The consortium's name.")],
+    coordinator: Annotated[Path, typer.Option(help="The coordinator's public card.")],
+    address: Annotated[str, typer.Option(help="Where the coordinator listens: tcp://host:port.")],
+    initial: Annotated[
+        Path | None,
+        typer.Option(help="safetensors file of the model to start from; without it, that of the heart data is made."),
+    ] = None,
+    rounds: Annotated[int | None, typer.Option(help="Training rounds.")] = None,
+    local_steps: Annotated[int | None, typer.Option(help="Steps of each site in a round.")] = None,
+    batch_size: Annotated[int | None, typer.Option(help="Expected size of a Poisson-sampled batch.")] = None,
+    learning_rate: Annotated[float | None, typer.Option(help="Of the sites' steps.")] = None,
+    server_optimizer: Annotated[str | None, typer.Option(help="average, momentum or adam.")] = None,
+    server_learning_rate: Annotated[float | None, typer.Option(help="Of the server optimizer.")] = None,
+    mode: Annotated[str | None, typer.Option(help="Differential privacy: local or none.")] = None,
+    epsilon: Annotated[float | None, typer.Option(help="The most that each site spends.")] = None,
+    delta: Annotated[float | None, typer.Option(help="The delta that goes with epsilon.")] = None,
+    clip_norm: Annotated[float | None, typer.Option(help="Bound on one patient's gradient.")] = None,
+    value_bits: Annotated[int | None, typer.Option(help="Bits of an encoded value.")] = None,
+    value_range: Annotated[float | None, typer.Option(help="Largest magnitude of an update's value.")] = None,
+    out_of_range: Annotated[str | None, typer.Option(help="error or clip.")] = None,
+    minimum_cohort: Annotated[int | None, typer.Option(help="Fewest sites in a round.")] = None,
+    max_corrupt: Annotated[int | None, typer.Option(help="Most sites that may collude with the coordinator.")] = None,
+    minimum_survivors: Annotated[int | None, typer.Option(help="Fewest sites in a released sum.")] = None,
+) -> None:
+    """Write an unsigned manifest.  Options that are not given take the heart recipe's value; see the file."""
+    from sites import recipe  # noqa: PLC0415
+    from sites.files import write_atomic  # noqa: PLC0415
+    from sites.keys import load_card  # noqa: PLC0415
+
+    if initial is None:
+        from sites.trainer import initial_heart_model  # noqa: PLC0415
+
+        initial = manifest.parent / "initial.safetensors"
+        write_atomic(initial, initial_heart_model())
+        out.print(f"{initial}  the heart data's model, all weights zero", soft_wrap=True)
+    changes = {
+        "training": _changed(
+            recipe.TRAINING,
+            rounds=rounds,
+            local_steps=local_steps,
+            batch_size=batch_size,
+            learning_rate=learning_rate,
+            server_optimizer=server_optimizer,
+            server_learning_rate=server_learning_rate,
+        ),
+        "privacy": _changed(recipe.PRIVACY, mode=mode, epsilon=epsilon, delta=delta, clip_norm=clip_norm),
+        "encoding": _changed(
+            recipe.ENCODING, value_bits=value_bits, value_range=value_range, out_of_range=out_of_range
+        ),
+        "policy": _changed(
+            recipe.POLICY,
+            minimum_cohort=minimum_cohort,
+            max_corrupt=max_corrupt,
+            minimum_survivors=minimum_survivors,
+        ),
+    }
+    created = recipe.new_manifest(
+        name=name,
+        coordinator=load_card(coordinator),
+        address=address,
+        cards=[load_card(card) for card in cards],
+        initial=initial.read_bytes(),
+        changes=changes,
+    )
+    created.save(manifest)
+    out.print(f"{manifest}  every site reads it and runs `secureagg consortium sign`", soft_wrap=True)
+
+
+@consortium_app.command(
+    epilog=_example("secureagg consortium sign manifest.toml --keys hospital-a.keys --site-config SITE.toml")
+)
+def sign(
+    manifest: Annotated[Path, typer.Argument(help="The manifest; the signature is added to the file.")],
+    keys: Annotated[Path, typer.Option(help="The signing site's private keys.")],
+    site_config: Annotated[
+        Path | None, typer.Option(help="Also write a SITE.toml that pins exactly this manifest.")
+    ] = None,
+    heart: Annotated[
+        str | None,
+        typer.Option(
+            metavar="HOSPITAL", help="In that SITE.toml: train on this hospital's heart data with `secureagg site`."
+        ),
+    ] = None,
+) -> None:
+    """Sign a manifest for one site, and print the digest to compare with the other sites by telephone."""
+    from sites.config import OwnData, save_config  # noqa: PLC0415
+    from sites.keys import load_keys  # noqa: PLC0415
+    from sites.manifest import Manifest  # noqa: PLC0415
+
+    own = load_keys(keys)
+    signed = Manifest.load(manifest).sign(own.identity, own.site)
+    if site_config is not None:
+        data = None if heart is None else OwnData(kind="heart", hospital=heart)
+        save_config(site_config, manifest=signed, manifest_path=manifest, keys=keys, site=own.site, data=data)
+    signed.save(manifest)
+    out.print(f"signed by {own.site}; digest {signed.digest.hex()}", soft_wrap=True)
+    missing = signed.unsigned_by
+    out.print(f"still to sign: {', '.join(missing)}" if missing else "all sites have signed", soft_wrap=True)
+
+
+@consortium_app.command(epilog=_example("secureagg consortium show manifest.toml"))
+def show(manifest: Annotated[Path, typer.Argument(help="The manifest.")]) -> None:
+    """Print what a manifest says and who has signed it; status 1 unless everybody has signed exactly this."""
+    from sites.manifest import Manifest  # noqa: PLC0415
+
+    loaded = Manifest.load(manifest)
+    _print_manifest(loaded)
+    loaded.check()
+
+
+@app.command(epilog=_example("secureagg coordinator manifest.toml --keys sum.keys --initial initial.safetensors"))
+def coordinator(
+    manifest: Annotated[Path, typer.Argument(help="The manifest that every site has signed.")],
+    keys: Annotated[Path, typer.Option(help="The coordinator's private keys.")],
+    initial: Annotated[Path, typer.Option(help="safetensors file of the model to start from.")],
+    state: Annotated[Path, typer.Option(help="Folder for the model and the log of rounds.")] = Path("coordinator"),
+) -> None:
+    """Coordinate one training run; ends after the last round."""
+    from sites.programs import run_coordinator  # noqa: PLC0415
+
+    _log_to_stderr()
+    run_coordinator(manifest, keys=keys, initial=initial, state=state, report=_print_round, notify=_say)
+    _say(f"finished; the model is {state / 'model.safetensors'}")
+
+
+@app.command(epilog=_example("secureagg site SITE.toml"))
+def site(
+    config: Annotated[Path, typer.Argument(help="The site's configuration.")],
+    stop_answering: Annotated[str | None, typer.Option(hidden=True, help="PHASE:ROUND to die in.")] = None,
+) -> None:
+    """Take part in one training run with this site's data; ends with the run."""
+    from sites.programs import run_site, stop_at  # noqa: PLC0415
+
+    _log_to_stderr()
+    summary = run_site(config, report=_say, stop_answering=None if stop_answering is None else stop_at(stop_answering))
+    spent = "no differential privacy" if summary.epsilon is None else f"epsilon {summary.epsilon:.3f} spent so far"
+    _say(f"finished; {summary.patients} patients, {spent} at delta {summary.delta:g}")
+
+
+@app.command(epilog=_example("secureagg demo --epsilon 2 --drop va:CollectingMaskedInputs --json result.json"))
+def demo(
+    rounds: Annotated[int, typer.Option(min=1, max=1000, help="Training rounds.")] = 10,
+    epsilon: Annotated[
+        float, typer.Option(help="Each hospital's privacy budget, over all rounds, at delta 0.001.")
+    ] = 1.0,
+    data: Annotated[Data, typer.Option(help="Which data.")] = Data.HEART,
+    data_folder: Annotated[
+        Path | None, typer.Option(help="Folder with UCI's original files; without it, the installed copy is used.")
+    ] = None,
+    drop: Annotated[
+        list[str] | None,
+        typer.Option(metavar="SITE:PHASE", help="Let a hospital's machine fail in this phase of the middle round."),
+    ] = None,
+    json_file: Annotated[Path | None, typer.Option("--json", help="Also write the result to this file.")] = None,
+    keep: Annotated[
+        Path | None, typer.Option(help="Leave manifest, keys, every state and the model in this folder.")
+    ] = None,
+) -> None:
+    """Watch four real hospitals train one model under differential privacy, each in a process of its own."""
+    from sites.demo import run_demo  # noqa: PLC0415
+
+    del data  # there is one so far
+    run_demo(
+        console=out,
+        rounds=rounds,
+        epsilon=epsilon,
+        data_folder=data_folder,
+        drops=drop or [],
+        json_file=json_file,
+        keep=keep,
+    )
+
+
+def _changed(table: "msgspec.Struct", **fields: object) -> "msgspec.Struct":
+    import msgspec  # noqa: PLC0415
+
+    return msgspec.structs.replace(table, **{name: value for name, value in fields.items() if value is not None})
+
+
+def _print_manifest(manifest: "Manifest") -> None:
+    import msgspec  # noqa: PLC0415
+    from rich.table import Table  # noqa: PLC0415
+
+    table = Table(show_header=False, title=f"Consortium {manifest.consortium.name}", title_justify="left")
+    for section in ("policy", "encoding", "evaluation", "training", "privacy", "deadlines"):
+        fields = msgspec.to_builtins(getattr(manifest, section))
+        table.add_row(section, ", ".join(f"{name} {value}" for name, value in fields.items()))
+    shapes = ", ".join(f"{tensor.name} {'x'.join(map(str, tensor.shape))}" for tensor in manifest.model.tensors)
+    table.add_row("model", shapes)
+    table.add_row("coordinator", f"{manifest.coordinator.name} at {manifest.coordinator.address}")
+    signed = {entry.site for entry in manifest.signatures}
+    sites = (f"{entry.name} ({'signed' if entry.name in signed else 'not signed'})" for entry in manifest.sites)
+    table.add_row("sites", ", ".join(sites))
+    table.add_row("digest", manifest.digest.hex())
+    out.print(table)
+
+
+def _print_round(record: "RoundRecord") -> None:
+    what = "evaluation" if record.purpose == "evaluate" else "training"
+    seconds = sum(record.seconds.values())
+    if record.error:
+        _say(f"round {record.number}, {what}: ended without a release ({record.error}) after {seconds:.1f} s")
+        return
+    auc = record.metrics.auc if record.metrics is not None else None
+    metric = "" if auc is None else f", AUC of the model before it {auc:.3f}"
+    dropped = "".join(f", {site} stopped answering in {phase}" for site, phase in sorted(record.dropped.items()))
+    _say(f"round {record.number}, {what}: {len(record.survivors)} sites summed in {seconds:.1f} s{metric}{dropped}")
+
+
+def _say(text: str) -> None:
+    out.print(text, soft_wrap=True, markup=False)
+
+
+def _log_to_stderr() -> None:
+    logging.basicConfig(stream=sys.stderr, level=logging.WARNING, format="%(name)s: %(message)s")
+
+
+if __name__ == "__main__":
+    main()

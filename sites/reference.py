@@ -1,0 +1,47 @@
+"""What a federation is compared with: each hospital alone under the same budget, and all data in one place.
+
+Both need data that no party of a federation has together; they serve demonstrations and benchmarks only.
+"""
+
+import tempfile
+from collections.abc import Iterable
+from pathlib import Path
+
+import msgspec
+import numpy as np
+
+from dp.ledger import Ledger
+from sites.datasets.heart import Hospital
+from sites.evaluation import Metrics, evaluate_scores
+from sites.manifest import Privacy, Training
+from sites.trainer import LocalTrainer, heart_model, predict
+
+
+def pool(hospitals: Iterable[Hospital]) -> Hospital:
+    """All hospitals' patients as those of one."""
+    several = list(hospitals)
+    return Hospital(
+        name="pooled",
+        train_features=np.concatenate([hospital.train_features for hospital in several]),
+        train_labels=np.concatenate([hospital.train_labels for hospital in several]),
+        test_features=np.concatenate([hospital.test_features for hospital in several]),
+        test_labels=np.concatenate([hospital.test_labels for hospital in several]),
+    )
+
+
+def train_alone(data: Hospital, *, test: Hospital, training: Training, privacy: Privacy, bins: int) -> Metrics:
+    """The metrics, on the held-out patients of ``test``, of a model trained on ``data`` alone by the same recipe."""
+    with tempfile.TemporaryDirectory() as folder:
+        ledger = Ledger(Path(folder) / "ledger.jsonl") if privacy.mode == "local" else None
+        trainer = LocalTrainer(model=heart_model(), data=data, training=training, privacy=privacy, ledger=ledger)
+        state = heart_model().state_dict()
+        for number in range(1, training.rounds + 1):
+            state = trainer.train(state, run="alone", round_number=number).state
+    return evaluate_scores(predict(heart_model(), state, test.test_features), test.test_labels, bins)
+
+
+def train_pooled(pooled: Hospital, *, sites: int, training: Training, privacy: Privacy, bins: int) -> Metrics:
+    """The metrics of the same recipe on all data in one place, without differential privacy."""
+    whole = msgspec.structs.replace(training, batch_size=training.batch_size * sites)
+    plain = msgspec.structs.replace(privacy, mode="none")
+    return train_alone(pooled, test=pooled, training=whole, privacy=plain, bins=bins)
