@@ -1,0 +1,69 @@
+"""Lanes and the rings that their sums cannot leave."""
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from secureagg import Counts, FixedPoint, Lane, ParameterError
+from secureagg.lanes import RingLane
+
+
+@given(st.integers(3, 1000), st.integers(1, 10**6), st.integers(2, 32), st.booleans(), st.sampled_from([-1, 1]))
+def test_the_largest_sum_of_the_cohort_fits_and_a_narrower_ring_would_not(
+    sites: int, weight: int, bits: int, weighted: bool, sign: int
+) -> None:
+    """Every site at the edge of the range with the largest weight: the sum survives the ring; one bit less and it
+    would not."""
+    lane = Lane(name="x", length=1, encoding=FixedPoint(value_range=1.0, value_bits=bits), weighted=weighted)
+    ring_lane = RingLane.for_cohort(lane, cohort_size=sites, max_weight=weight)
+    total = sign * sites * (weight if weighted else 1) * (2 ** (bits - 1) - 1)
+    words = np.array([total % 2**ring_lane.ring_bits], ring_lane.word)
+    assert ring_lane.lift(words).tolist() == [total]
+    assert 2 * abs(total) + 1 > 2 ** (ring_lane.ring_bits - 1) or ring_lane.ring_bits == 8
+
+
+@given(st.integers(3, 1000), st.integers(1, 2**40))
+def test_counts_fit(sites: int, maximum: int) -> None:
+    """The same for counts, which only go upwards."""
+    ring_lane = RingLane.for_cohort(
+        Lane(name="x", length=1, encoding=Counts(maximum=maximum)), cohort_size=sites, max_weight=1
+    )
+    assert sites * maximum < 2**ring_lane.ring_bits
+    assert ring_lane.ring_bits == 8 or sites * maximum >= 2 ** (ring_lane.ring_bits - 1)
+    words = np.array([sites * maximum], ring_lane.word)
+    assert ring_lane.lift(words).tolist() == [sites * maximum]
+
+
+def test_sixteen_bits_of_sixteen_sites_take_20_bits() -> None:
+    """The figure of the documentation: 2.5 bytes per 16-bit value at 16 sites."""
+    lane = Lane(name="x", length=1000, encoding=FixedPoint(value_range=1.0, value_bits=16))
+    ring_lane = RingLane.for_cohort(lane, cohort_size=16, max_weight=1)
+    assert (ring_lane.ring_bits, ring_lane.packed_bytes) == (20, 2500)
+
+
+def test_a_sum_that_could_wrap_is_refused_when_the_round_is_built() -> None:
+    """No ring holds it, no 64-bit integer either: refused with the product written out."""
+    lane = Lane(name="x", length=1, encoding=FixedPoint(value_range=1.0, value_bits=32), weighted=True)
+    RingLane.for_cohort(lane, cohort_size=4, max_weight=2**30)
+    with pytest.raises(ParameterError, match=r"4 x 2147483648 x 2147483647 .* below 2\^63"):
+        RingLane.for_cohort(lane, cohort_size=4, max_weight=2**31)
+
+
+@pytest.mark.parametrize(
+    ("make", "text"),
+    [
+        (lambda: FixedPoint(value_range=0.0), "value_range: found 0.0"),
+        (lambda: FixedPoint(value_range=float("inf")), "value_range: found inf"),
+        (lambda: FixedPoint(value_range=float("nan")), "value_range: found nan"),
+        (lambda: FixedPoint(value_range=1.0, value_bits=1), "value_bits: found 1"),
+        (lambda: FixedPoint(value_range=1.0, value_bits=33), "value_bits: found 33"),
+        (lambda: Counts(maximum=0), "maximum of 0"),
+        (lambda: Lane(name="Update", length=1, encoding=Counts(maximum=1)), "lane name 'Update'"),
+        (lambda: Lane(name="x", length=0, encoding=Counts(maximum=1)), "length 0"),
+    ],
+)
+def test_unfit_lanes_are_refused(make: object, text: str) -> None:
+    """An encoding or lane that makes no sense is refused with what was found."""
+    with pytest.raises(ParameterError, match=text):
+        make()  # type: ignore[operator]

@@ -1,0 +1,115 @@
+"""Keys, keystreams and masks."""
+
+import numpy as np
+import pytest
+from cryptography.hazmat.primitives.ciphers import Cipher
+from cryptography.hazmat.primitives.ciphers.algorithms import AES256
+from cryptography.hazmat.primitives.ciphers.modes import ECB
+
+from secureagg import AuthenticationFailed, SiteId
+from secureagg.agreement import KeyPair, open_shares, pairwise_mask_key, seal_shares, self_mask_key
+from secureagg.keystream import Keystream, block_words
+from secureagg.masking import apply_masks, masks_of_input
+from secureagg.testing import CountingEntropy
+from support.rounds import StoppedRound
+
+ROUND = StoppedRound(3)
+PARAMETERS = ROUND.parameters
+A, B, C = ROUND.sites
+
+LOW_ORDER = [
+    bytes(32),
+    (1).to_bytes(32, "little"),
+    bytes.fromhex("e0eb7a7c3b41b8ae1656e3faf19fc46ada098deb9c32b1fd866205165f49b800"),
+    bytes.fromhex("5f9c95bca3508c24b1d0b1559c83ef5b04445cc4581c8e86d8224eddd09f1157"),
+    (2**255 - 20).to_bytes(32, "little"),
+    (2**255 - 19).to_bytes(32, "little"),
+    (2**255 - 18).to_bytes(32, "little"),
+]
+
+
+def test_rfc_7748_vector() -> None:
+    """Key agreement is X25519: with the base point u = 9 iterated once, as RFC 7748, section 5.2, has it."""
+    nine = (9).to_bytes(32, "little")
+    once = "422c8e7a6227d7bca1350b3e2bb7279f7897b87bb6854b783c60e80311ae3079"
+    assert KeyPair(nine).agree(nine, who="x").hex() == once
+    assert KeyPair(nine).public.hex() == once
+
+
+@pytest.mark.parametrize("key", LOW_ORDER, ids=lambda key: key[:2].hex())
+def test_keys_of_low_order_are_refused(key: bytes) -> None:
+    """A public key with which the agreed secret would be known to everyone is refused, naming its owner."""
+    with pytest.raises(AuthenticationFailed, match="key of b"):
+        KeyPair(b"s" * 32).agree(key, who="key of b")
+
+
+def test_keystream_is_aes_256_ctr_from_zero() -> None:
+    """The stream is AES-256 of the counter blocks 0, 1, 2, ..., across block boundaries of the buffer."""
+    key = bytes(range(32))
+    words = np.empty(2 * block_words(np.dtype("<u4")), "<u4")
+    stream = Keystream(key)
+    half = len(words) // 2
+    stream.fill(words[:half])
+    stream.fill(words[half:])
+    blocks = b"".join(counter.to_bytes(16, "big") for counter in range(words.nbytes // 16))
+    assert words.tobytes() == Cipher(AES256(key), ECB()).encryptor().update(blocks)  # noqa: S305
+
+
+@pytest.mark.parametrize("length", [1, 5, 70_000, 140_001])
+@pytest.mark.parametrize("word", ["<u1", "<u2", "<u4", "<u8"])
+def test_masks_cancel_in_the_sum(length: int, word: str) -> None:
+    """Over all sites, pairwise masks add up to zero; only the self masks remain, whatever length and word."""
+    seeds = {site: site.encode().ljust(32) for site in (A, B, C)}
+    secrets = {pair: bytes([index]) * 32 for index, pair in enumerate([(A, B), (A, C), (B, C)])}
+    total = np.zeros(length, word)
+    for site in (A, B, C):
+        agreed = {other: secrets[min(site, other), max(site, other)] for other in (A, B, C) if other != site}
+        words = np.zeros(length, word)
+        apply_masks(
+            words, masks_of_input(PARAMETERS, site=site, lane="update", self_seed=seeds[site], secrets=agreed)
+        )
+        assert length < 5 or words.any()
+        total += words
+    apply_masks(total, [(self_mask_key(PARAMETERS, seeds[s], lane="update", site=s), -1) for s in (A, B, C)])
+    assert not total.any()
+
+
+def test_every_purpose_has_a_key_of_its_own() -> None:
+    """From one secret, each lane, pair, site, purpose and round gets a different key; a pair's key has no direction."""
+    secret = b"x" * 32
+    other_round = StoppedRound(3, round_number=2).parameters
+    keys = [
+        pairwise_mask_key(PARAMETERS, secret, lane="update", one=A, other=B),
+        pairwise_mask_key(PARAMETERS, secret, lane="weight", one=A, other=B),
+        pairwise_mask_key(PARAMETERS, secret, lane="update", one=A, other=C),
+        pairwise_mask_key(other_round, secret, lane="update", one=A, other=B),
+        self_mask_key(PARAMETERS, secret, lane="update", site=A),
+        self_mask_key(PARAMETERS, secret, lane="update", site=B),
+        self_mask_key(PARAMETERS, secret, lane="weight", site=A),
+        self_mask_key(other_round, secret, lane="update", site=A),
+    ]
+    assert len(set(keys)) == len(keys)
+    assert pairwise_mask_key(PARAMETERS, secret, lane="update", one=B, other=A) == keys[0]
+
+
+@pytest.mark.parametrize("wrong", ["sender", "recipient", "swap", "round", "secret", "bit", "cut", "empty"])
+def test_shares_open_for_their_recipient_in_their_round_only(wrong: str) -> None:
+    """A ciphertext that is moved, turned around, replayed or altered does not open."""
+    one, other = KeyPair.generate(CountingEntropy(1)), KeyPair.generate(CountingEntropy(2))
+    secret = one.agree(other.public, who="x")
+    assert secret == other.agree(one.public, who="x")
+    sealed = seal_shares(PARAMETERS, secret, b"shares", sender=A, recipient=B)
+    assert open_shares(PARAMETERS, secret, sealed, sender=A, recipient=B) == b"shares"
+    arguments = {
+        "sender": (PARAMETERS, secret, sealed, C, B),
+        "recipient": (PARAMETERS, secret, sealed, A, C),
+        "swap": (PARAMETERS, secret, sealed, B, A),
+        "round": (StoppedRound(3, round_number=2).parameters, secret, sealed, A, B),
+        "secret": (PARAMETERS, bytes(32), sealed, A, B),
+        "bit": (PARAMETERS, secret, bytes([sealed[0] ^ 1]) + sealed[1:], A, B),
+        "cut": (PARAMETERS, secret, sealed[:-1], A, B),
+        "empty": (PARAMETERS, secret, b"", A, B),
+    }
+    parameters, key, ciphertext, sender, recipient = arguments[wrong]
+    with pytest.raises(AuthenticationFailed, match=f"shares from {sender} to {recipient}"):
+        open_shares(parameters, key, ciphertext, sender=SiteId(sender), recipient=SiteId(recipient))

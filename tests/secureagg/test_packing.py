@@ -1,0 +1,52 @@
+"""Packing of ring elements into bytes."""
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from secureagg import Counts, Lane, MalformedMessage
+from secureagg.lanes import RingLane
+from secureagg.packing import pack, unpack
+
+
+def ring_lane(length: int, bits: int) -> RingLane:
+    return RingLane(lane=Lane(name="x", length=length, encoding=Counts(maximum=1)), ring_bits=bits)
+
+
+def reference(values: list[int], bits: int) -> bytes:
+    """The layout straight from its definition, with one Python integer as the bit stream."""
+    stream = sum(value << (index * bits) for index, value in enumerate(values))
+    return stream.to_bytes(-(-len(values) * bits // 8), "little")
+
+
+@st.composite
+def vectors(draw: st.DrawFn) -> tuple[RingLane, list[int]]:
+    bits = draw(st.integers(8, 64))
+    values = draw(st.lists(st.integers(0, 2**bits - 1), min_size=1, max_size=200))
+    return ring_lane(len(values), bits), values
+
+
+@given(vectors())
+def test_layout_is_the_specified_bit_stream(case: tuple[RingLane, list[int]]) -> None:
+    """Packing gives the documented little-endian bit stream for every ring width, and unpacking inverts it."""
+    lane, values = case
+    packed = pack(lane, np.array(values, lane.word))
+    assert packed == reference(values, lane.ring_bits)
+    assert unpack(lane, packed, who="test").tolist() == values
+
+
+@pytest.mark.parametrize("change", [-1, 1])
+def test_wrong_size_is_refused(change: int) -> None:
+    """Bytes of any other size than the lane's are refused, and the error names who sent them."""
+    lane = ring_lane(5, 20)
+    with pytest.raises(MalformedMessage, match=r"hospital.*packed bytes, expected 13"):
+        unpack(lane, bytes(13 + change), who="hospital")
+
+
+def test_filling_bits_are_zero() -> None:
+    """One vector has one encoding: a bit set behind the last value is refused."""
+    lane = ring_lane(1, 20)
+    assert unpack(lane, bytes([255, 255, 15]), who="x").tolist() == [2**20 - 1]
+    with pytest.raises(MalformedMessage, match="last 4 bits"):
+        unpack(lane, bytes([0, 0, 16]), who="x")

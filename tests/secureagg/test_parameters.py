@@ -1,0 +1,119 @@
+"""What a round is: thresholds, lanes, context."""
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from secureagg import Card, Counts, FixedPoint, Identity, Lane, ParameterError, Roster, RoundParameters, SiteId
+from secureagg.parameters import check_thresholds, default_threshold, largest_max_corrupt
+from secureagg.testing import CountingEntropy
+from support.rounds import UPDATE, StoppedRound
+
+
+@given(st.integers(3, 1000))
+def test_defaults_are_safe(n: int) -> None:
+    """The default threshold and what follows from it satisfy every inequality, for every cohort size."""
+    t = default_threshold(n)
+    c = largest_max_corrupt(n, t)
+    check_thresholds(cohort_size=n, threshold=t, max_corrupt=c, minimum_survivors=max(t, c + 2))
+    assert (t, 0 <= c < t) == (2 * n // 3 + 1, True)
+
+
+@pytest.mark.parametrize(
+    ("n", "t", "c", "h", "text"),
+    [
+        (2, 2, 0, 2, "cohort: found 2 sites, expected 3 to 1000"),
+        (1001, 700, 0, 700, "cohort: found 1001"),
+        (4, 3, -1, 3, "max_corrupt: found -1"),
+        (4, 5, 0, 5, "threshold: found 5, expected at most the cohort size 4"),
+        (4, 2, 0, 3, r"2t = 2 x 2 = 4, expected above n \+ c = 4 \+ 0 = 4"),
+        (4, 3, 2, 4, r"2t = 2 x 3 = 6, expected above n \+ c = 4 \+ 2 = 6"),
+        (4, 3, 1, 2, "minimum_survivors: found 2, expected at least .* = 3"),
+        (9, 7, 4, 5, "minimum_survivors: found 5, expected at least .* = 7"),
+        (4, 3, 1, 5, "minimum_survivors: found 5, expected at most"),
+    ],
+)
+def test_unsafe_thresholds_are_refused_with_their_numbers(n: int, t: int, c: int, h: int, text: str) -> None:
+    """Each inequality that a round's secrecy rests on is checked, and the error shows it with its numbers."""
+    with pytest.raises(ParameterError, match=text):
+        check_thresholds(cohort_size=n, threshold=t, max_corrupt=c, minimum_survivors=h)
+
+
+@given(st.integers(3, 60), st.data())
+def test_whatever_is_accepted_is_safe(n: int, data: st.DataObject) -> None:
+    """No accepted quadruple lets two lists gather t signatures each, or releases a sum with one honest member."""
+    t, c, h = (data.draw(st.integers(0, n + 1)) for _ in range(3))
+    try:
+        check_thresholds(cohort_size=n, threshold=t, max_corrupt=c, minimum_survivors=h)
+    except ParameterError:
+        return
+    honest_signatures = n - c
+    assert t + t > honest_signatures + 2 * c  # c corrupt sites may sign both lists, each honest one signs one
+    assert h - c >= 2
+
+
+OTHER = Identity.generate(CountingEntropy(99))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"consortium": "other"},
+        {"run": "other"},
+        {"round_number": 2},
+        {"model_digest": b"\1" * 32},
+        {"max_weight": 11},
+        {"threshold": 4},
+        {"max_corrupt": 0},
+        {"minimum_survivors": 4},
+        {"lanes": [UPDATE]},
+        {"lanes": [UPDATE, Lane(name="histogram", length=4, encoding=Counts(maximum=101))]},
+        {"lanes": [UPDATE, Lane(name="histogram", length=5, encoding=Counts(maximum=100))]},
+        {"lanes": [UPDATE, Lane(name="histogran", length=4, encoding=Counts(maximum=100))]},
+        {"lanes": [Lane(name="update", length=5, encoding=FixedPoint(value_range=1.0))]},
+        {"cohort": [SiteId("site-000"), SiteId("site-001"), SiteId("site-002")]},
+        {
+            "roster": Roster(
+                [*StoppedRound(4).roster.values(), Card.issue(SiteId("site-999"), OTHER, b"t" * 32)]
+            )
+        },
+    ],
+    ids=lambda change: next(iter(change)),
+)
+def test_every_field_is_part_of_the_context(change: dict[str, object]) -> None:
+    """Two sides that differ in anything at all have different contexts, so nothing of one fits the other."""
+    base = StoppedRound(4)
+    other = RoundParameters.create(**{**base.options, **change})
+    assert other.context != base.parameters.context
+
+
+def test_the_context_is_the_same_for_the_same_round() -> None:
+    """The order in which cohort and lanes are given does not matter, the content does."""
+    base = StoppedRound(4)
+    again = RoundParameters.create(
+        **{**base.options, "cohort": base.sites[::-1], "lanes": list(base.options["lanes"])[::-1]}
+    )
+    assert again.context == base.parameters.context
+    assert list(again.lanes) == ["canary", "histogram", "update", "weight"]
+
+
+@pytest.mark.parametrize(
+    ("change", "text"),
+    [
+        ({"cohort": [SiteId("site-000")] * 3}, "3 sites, only 1 of them different"),
+        ({"cohort": [SiteId(f"site-00{i}") for i in range(3)] + [SiteId("sybil")]}, "sybil not in the roster of 4"),
+        ({"round_number": 0}, "round number: found 0"),
+        ({"model_digest": b"short"}, "model digest: 5 bytes"),
+        ({"max_weight": 0}, "max_weight: found 0"),
+        ({"max_weight": None}, "weighted, but the round has no max_weight"),
+        ({"lanes": []}, "lanes: found none"),
+        ({"lanes": [UPDATE, UPDATE]}, "names repeat"),
+        ({"lanes": [Lane(name="canary", length=1, encoding=Counts(maximum=1))]}, "protocol's own"),
+        ({"lanes": [Lane(name="weight", length=1, encoding=Counts(maximum=1))]}, "protocol's own"),
+        ({"lanes": [Lane(name="x/clipped", length=1, encoding=Counts(maximum=1))]}, "protocol's own"),
+    ],
+)
+def test_impossible_rounds_are_refused(change: dict[str, object], text: str) -> None:
+    """Each impossible round is refused before anything is sent, with what was found."""
+    with pytest.raises(ParameterError, match=text):
+        RoundParameters.create(**{**StoppedRound(4).options, **change})
