@@ -113,7 +113,7 @@ class RoundParameters:
             raise ParameterError(f"cohort: {', '.join(strangers)} not in the roster of {len(roster)} sites")
         n = len(names)
         t = default_threshold(n) if threshold is None else threshold
-        c = largest_max_corrupt(n, t) if max_corrupt is None else max_corrupt
+        c = max(0, largest_max_corrupt(n, t)) if max_corrupt is None else max_corrupt
         h = max(t, c + 2) if minimum_survivors is None else minimum_survivors
         check_thresholds(cohort_size=n, threshold=t, max_corrupt=c, minimum_survivors=h)
         if not 1 <= round_number < 1 << 63:

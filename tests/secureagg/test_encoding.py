@@ -7,6 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
+from support.rounds import StoppedRound
 
 from secureagg import (
     Counts,
@@ -20,19 +21,21 @@ from secureagg import (
 )
 from secureagg.encoding import decode_total
 from secureagg.testing import CountingEntropy
-from support.rounds import StoppedRound
 
 
 def build(lanes: tuple[Lane, ...], max_weight: int | None) -> RoundParameters:
+    """Parameters of a round of three with these lanes."""
     base = StoppedRound(3).options
     return RoundParameters.create(**{**base, "lanes": lanes, "max_weight": max_weight})
 
 
 def fixed(length: int, **options: object) -> Lane:
+    """A fixed-point lane called update."""
     return Lane(name="update", length=length, encoding=FixedPoint(**{"value_range": 1.0, **options}))
 
 
 def lifted(made: RoundParameters, values: Mapping[str, object], lane: str = "update", **options: object) -> np.ndarray:
+    """One lane of an encoded input as integers."""
     encoded = encode_input(made, values, **options)
     return made.lanes[lane].lift(encoded.vectors[lane])
 

@@ -5,13 +5,13 @@ import pytest
 from cryptography.hazmat.primitives.ciphers import Cipher
 from cryptography.hazmat.primitives.ciphers.algorithms import AES256
 from cryptography.hazmat.primitives.ciphers.modes import ECB
+from support.rounds import StoppedRound
 
 from secureagg import AuthenticationFailed, SiteId
 from secureagg.agreement import KeyPair, open_shares, pairwise_mask_key, seal_shares, self_mask_key
 from secureagg.keystream import Keystream, block_words
 from secureagg.masking import apply_masks, masks_of_input
 from secureagg.testing import CountingEntropy
-from support.rounds import StoppedRound
 
 ROUND = StoppedRound(3)
 PARAMETERS = ROUND.parameters
@@ -65,9 +65,7 @@ def test_masks_cancel_in_the_sum(length: int, word: str) -> None:
     for site in (A, B, C):
         agreed = {other: secrets[min(site, other), max(site, other)] for other in (A, B, C) if other != site}
         words = np.zeros(length, word)
-        apply_masks(
-            words, masks_of_input(PARAMETERS, site=site, lane="update", self_seed=seeds[site], secrets=agreed)
-        )
+        apply_masks(words, masks_of_input(PARAMETERS, site=site, lane="update", self_seed=seeds[site], secrets=agreed))
         assert length < 5 or words.any()
         total += words
     apply_masks(total, [(self_mask_key(PARAMETERS, seeds[s], lane="update", site=s), -1) for s in (A, B, C)])

@@ -11,6 +11,7 @@ from secureagg.packing import pack, unpack
 
 
 def ring_lane(length: int, bits: int) -> RingLane:
+    """A lane of this length in a ring of this width."""
     return RingLane(lane=Lane(name="x", length=length, encoding=Counts(maximum=1)), ring_bits=bits)
 
 

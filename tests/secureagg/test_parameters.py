@@ -3,11 +3,11 @@
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from support.rounds import UPDATE, StoppedRound
 
 from secureagg import Card, Counts, FixedPoint, Identity, Lane, ParameterError, Roster, RoundParameters, SiteId
 from secureagg.parameters import check_thresholds, default_threshold, largest_max_corrupt
 from secureagg.testing import CountingEntropy
-from support.rounds import UPDATE, StoppedRound
 
 
 @given(st.integers(3, 1000))
@@ -72,11 +72,7 @@ OTHER = Identity.generate(CountingEntropy(99))
         {"lanes": [UPDATE, Lane(name="histogran", length=4, encoding=Counts(maximum=100))]},
         {"lanes": [Lane(name="update", length=5, encoding=FixedPoint(value_range=1.0))]},
         {"cohort": [SiteId("site-000"), SiteId("site-001"), SiteId("site-002")]},
-        {
-            "roster": Roster(
-                [*StoppedRound(4).roster.values(), Card.issue(SiteId("site-999"), OTHER, b"t" * 32)]
-            )
-        },
+        {"roster": Roster([*StoppedRound(4).roster.values(), Card.issue(SiteId("site-999"), OTHER, b"t" * 32)])},
     ],
     ids=lambda change: next(iter(change)),
 )

@@ -32,8 +32,10 @@ def names(count: int) -> list[SiteId]:
 
 
 class StoppedRound:
-    """``n`` sites and a coordinator.  ``until(Message)`` runs honestly up to that message of the coordinator and returns
-    it undelivered, per recipient; ``deliver`` hands messages to the sites.
+    """``n`` sites and a coordinator.
+
+    ``until(Message)`` runs honestly up to that message of the coordinator and returns it undelivered, per recipient;
+    ``deliver`` hands messages to the sites.
 
     ``change_for``: per site, keyword arguments of RoundParameters.create that differ for this site.
     """
@@ -83,7 +85,8 @@ class StoppedRound:
                 journal=self.journals[site],
                 entropy=CountingEntropy(f"{seed}-{site}".encode()),
             )
-            self.inputs[site] = encode_input(own, self.values[site], weight=self.weights[site], entropy=entropy)
+            values = {lane: array for lane, array in self.values[site].items() if lane in own.lanes}
+            self.inputs[site] = encode_input(own, values, weight=self.weights[site], entropy=entropy)
         self.silent = dict(silent or {})
         self.pending: list[tuple[SiteId, ToCoordinator]] = []
         for site, participant in self.participants.items():

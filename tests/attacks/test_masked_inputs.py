@@ -1,0 +1,132 @@
+"""Attack: a masked input is changed, exchanged, repeated, moved to another round or made too large on its way."""
+
+from hashlib import sha256
+
+import msgspec
+import numpy as np
+import pytest
+from support.rounds import StoppedRound
+
+from secureagg import (
+    AuthenticationFailed,
+    DuplicateMessage,
+    InconsistentSurvivors,
+    MalformedMessage,
+    RoundAborted,
+    UnexpectedMessage,
+)
+from secureagg.codec import sign
+from secureagg.messages import MaskedInput, RoundReceipt, ShareDelivery, SurvivorList
+from secureagg.participant import input_digest
+from secureagg.phases import Aborted
+
+replace = msgspec.structs.replace
+
+
+def at_the_inputs(**options: object) -> StoppedRound:
+    """A round whose masked inputs are pending."""
+    stopped = StoppedRound(**options)
+    stopped.deliver(stopped.until(ShareDelivery))
+    return stopped
+
+
+def test_changed_on_the_way() -> None:
+    """A changed byte is noticed.  Stopped by the signed digest of each chunk in ``Coordinator._collect_input``."""
+    stopped = at_the_inputs()
+    site, message = stopped.pending[0]
+    chunk = bytearray(message.chunks[0])
+    chunk[5] ^= 1
+    with pytest.raises(AuthenticationFailed, match="chunk 0"):
+        stopped.coordinator.receive(replace(message, chunks=(bytes(chunk),)), sender=site)
+
+
+def test_repeated_and_late() -> None:
+    """A second copy is not added again, a copy after the phase is not added at all.
+
+    Stopped by ``DuplicateMessage`` and the phase table.
+    """
+    stopped = at_the_inputs()
+    site, message = stopped.pending[0]
+    stopped.coordinator.receive(message, sender=site)
+    with pytest.raises(DuplicateMessage):
+        stopped.coordinator.receive(message, sender=site)
+    stopped.pending.pop(0)
+    stopped.until(SurvivorList)
+    with pytest.raises(UnexpectedMessage):
+        stopped.coordinator.receive(message, sender=site)
+
+
+def test_replayed_from_an_earlier_round() -> None:
+    """A masked input of another round is refused.  Stopped by the context."""
+    site, old = at_the_inputs(run="earlier").pending[0]
+    with pytest.raises(UnexpectedMessage, match="another round"):
+        at_the_inputs().coordinator.receive(old, sender=site)
+
+
+def test_oversized() -> None:
+    """Chunks beyond the fixed size are refused before they are summed.  Stopped by the chunk size check."""
+    stopped = at_the_inputs()
+    site, message = stopped.pending[0]
+    chunk = bytes(MaskedInput.CHUNK_BYTES + 1)
+    large = sign(replace(message, chunks=(chunk,), chunk_digests=(sha256(chunk).digest(),)), stopped.identities[site])
+    with pytest.raises(AuthenticationFailed, match="chunk 0"):
+        stopped.coordinator.receive(large, sender=site)
+    many = (bytes(10),) * 50
+    spread = sign(
+        replace(message, chunks=many, chunk_digests=tuple(sha256(part).digest() for part in many)),
+        stopped.identities[site],
+    )
+    with pytest.raises(MalformedMessage, match="500 bytes of lanes"):
+        stopped.coordinator.receive(spread, sender=site)
+
+
+def test_another_input_in_a_sites_name() -> None:
+    """A survivor list that names another input than the one a site sent is not signed by that site.
+
+    Stopped by the digest of the own input in ``Participant._sign_survivors``.
+    """
+    stopped = StoppedRound()
+    honest = stopped.until(SurvivorList)[stopped.sites[0]]
+    forged = input_digest((sha256(b"another input").digest(),))
+    survivors = tuple((name, forged if name == stopped.sites[0] else digest) for name, digest in honest.survivors)
+    with pytest.raises(InconsistentSurvivors, match="own input"):
+        stopped.answers(stopped.sites[0], replace(honest, survivors=survivors))
+
+
+def test_a_colluder_that_masks_wrongly() -> None:
+    """A site whose masks do not cancel spoils the sum; it is not released.  Stopped by the canary in ``_unmask``."""
+    stopped = at_the_inputs()
+    site, message = stopped.pending.pop(0)
+    noise = np.random.default_rng(1).bytes(len(message.chunks[0]))
+    length = stopped.parameters.packed_bytes
+    packed = bytearray(noise[:length])
+    for end in np.cumsum([lane.packed_bytes for lane in stopped.parameters.lanes.values()]):
+        packed[end - 1] = 0  # keep the filling bits zero
+    chunk = bytes(packed)
+    bad = sign(replace(message, chunks=(chunk,), chunk_digests=(sha256(chunk).digest(),)), stopped.identities[site])
+    # The colluder goes on as if this had been its input, so that the round reaches its end.
+    stopped.participants[site]._phase = replace_digest(stopped.participants[site].phase, bad)
+    stopped.pending.append((site, bad))
+    stopped.finish()
+    assert isinstance(stopped.coordinator.phase, Aborted)
+    assert isinstance(stopped.coordinator.phase.error, RoundAborted)
+    assert "canary" in str(stopped.coordinator.phase.error)
+
+
+def replace_digest(phase: object, message: MaskedInput) -> object:
+    """The phase of a site that takes ``message`` for its own input."""
+    from dataclasses import replace as replaced
+
+    return replaced(phase, input_digest=input_digest(message.chunk_digests))
+
+
+@pytest.mark.parametrize("change", [{"survivors": 3}, {"canary": 3}, {"survivors": 5, "canary": 5}])
+def test_a_receipt_for_another_sum(change: dict[str, int]) -> None:
+    """A receipt whose numbers are not those of the signed list is refused, so that the site knows.
+
+    Stopped by the comparison in ``Participant._take_receipt``.
+    """
+    stopped = StoppedRound()
+    receipt = stopped.until(RoundReceipt)[stopped.sites[0]]
+    with pytest.raises(InconsistentSurvivors, match="expected 4"):
+        stopped.answers(stopped.sites[0], replace(receipt, **change))
