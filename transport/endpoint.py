@@ -42,11 +42,14 @@ class Endpoint(Protocol):
         """Per peer how many of its messages were dropped because they broke the framing or a limit."""
 
     def send(self, peer: PeerId, frames: Sequence[bytes | memoryview]) -> None:
-        """Queue one message for ``peer``; raises PeerUnreachable without a connection, FrameTooLarge beyond the
-        limits."""
+        """Queue one message for ``peer``.
+
+        Raises PeerUnreachable without a connection or when closed, FrameTooLarge beyond the limits, MalformedFrame for
+        no frames at all.
+        """
 
     def receive(self, timeout: float) -> Delivery | None:
-        """The next message, or None if none arrives within ``timeout`` seconds."""
+        """The next message, or None if none arrives within ``timeout`` seconds; PeerUnreachable when closed."""
 
     def why_silent(self) -> str | None:
         """Why nothing can arrive at present, in a sentence; None if the connection stands or nothing is known."""
@@ -101,7 +104,9 @@ class MemoryEndpoint:
 
     def send(self, peer: PeerId, frames: Sequence[bytes | memoryview]) -> None:
         """See ``Endpoint.send``."""
-        if self._closed or peer not in self._outboxes:
+        if self._closed:
+            raise PeerUnreachable("endpoint: closed")
+        if peer not in self._outboxes:
             raise PeerUnreachable(f"{peer}: no connection from {self._name}")
         assembled = Reassembler(self._limits)
         for header, chunk in split(frames, number=0, limits=self._limits):
@@ -111,6 +116,8 @@ class MemoryEndpoint:
 
     def receive(self, timeout: float) -> Delivery | None:
         """See ``Endpoint.receive``."""
+        if self._closed:
+            raise PeerUnreachable("endpoint: closed")
         try:
             delivery = self._inbox.get(timeout=max(timeout, 0.0)) if timeout > 0 else self._inbox.get_nowait()
         except queue.Empty:

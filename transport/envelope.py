@@ -32,9 +32,14 @@ class Limits:
 
 
 def split(frames: Sequence[bytes | memoryview], *, number: int, limits: Limits) -> Iterator[tuple[bytes, memoryview]]:
-    """The chunks of a message, each as (header, bytes); FrameTooLarge before the first if it exceeds ``limits``."""
+    """The chunks of a message, each as (header, bytes).
+
+    Raises FrameTooLarge before the first if the message exceeds ``limits``, MalformedFrame if it has no frame.
+    """
     table = _COUNT.pack(len(frames)) + b"".join(_LENGTH.pack(memoryview(frame).nbytes) for frame in frames)
     total = len(table) + sum(memoryview(frame).nbytes for frame in frames)
+    if not frames:
+        raise MalformedFrame("message: no frames, expected at least one")
     if len(frames) > limits.frames:
         raise FrameTooLarge(f"message: {len(frames)} frames, expected at most {limits.frames}")
     if total > limits.message_bytes:

@@ -17,11 +17,14 @@ from zmq.utils import z85
 from zmq.utils.monitor import parse_monitor_message
 
 from transport.endpoint import COORDINATOR, Delivery, PeerId
-from transport.envelope import HEADER_BYTES, Limits, Reassembler, split
+from transport.envelope import Limits, Reassembler, split
 from transport.errors import AddressUnusable, FrameTooLarge, MalformedFrame, PeerUnreachable
 
 KEY_BYTES: Final = 32
 _CURVE_BYTES: Final = 64  # a MESSAGE command's name, flags, nonce and authenticator take 33
+_HANDSHAKE_BYTES: Final = 1024  # CURVE's own commands stay below 300
+_HIGHEST_PORT: Final = 65535
+_NOT_YET: Final = "not connected yet"
 LINGER_MILLISECONDS: Final = 3000
 _ZAP_DOMAIN: Final = "secureagg"
 _EVENTS: Final = (
@@ -56,6 +59,7 @@ def listen(
 
     ``peers``: each peer's 32-byte public key; nobody else is admitted.  Raises AddressUnusable.
     """
+    _check_address(address)
     return RouterEndpoint(address, secret_key=secret_key, peers=peers, limits=limits or Limits())
 
 
@@ -64,7 +68,15 @@ def connect(address: str, *, secret_key: bytes, server_key: bytes, limits: Limit
 
     Raises AddressUnusable for what is not an address.
     """
+    _check_address(address)
     return DealerEndpoint(address, secret_key=secret_key, server_key=server_key, limits=limits or Limits())
+
+
+def _check_address(address: str) -> None:
+    # libzmq would cut a port to 16 bits.
+    scheme, _, port = address.rpartition(":")
+    if not scheme.startswith("tcp://") or not port.isdigit() or int(port) > _HIGHEST_PORT:
+        raise AddressUnusable(f"address {address}: not one; expected tcp://host:port with a port up to {_HIGHEST_PORT}")
 
 
 class _ZmqEndpoint(ABC):
@@ -82,7 +94,7 @@ class _ZmqEndpoint(ABC):
         self._socket.curve_secretkey = z85.encode(secret_key)
         self._socket.curve_publickey = z85.encode(public_key(secret_key))
         # libzmq drops a connection that sends a larger frame before buffering it; CURVE adds a few bytes to each.
-        self._socket.setsockopt(zmq.MAXMSGSIZE, max(limits.chunk_bytes, HEADER_BYTES) + _CURVE_BYTES)
+        self._socket.setsockopt(zmq.MAXMSGSIZE, max(limits.chunk_bytes + _CURVE_BYTES, _HANDSHAKE_BYTES))
         # A send never blocks the loop: what a slow peer has not taken waits in memory, at most the messages of a round.
         # What peers send waits in their kernel's buffers beyond a few chunks.
         self._socket.sndhwm, self._socket.rcvhwm = 0, 16
@@ -92,24 +104,33 @@ class _ZmqEndpoint(ABC):
 
     def receive(self, timeout: float) -> Delivery | None:
         """See ``Endpoint.receive``.  What breaks the framing is dropped and counted."""
+        self._check_open()
         deadline = time.monotonic() + timeout
         while True:
             left = max(0, round((deadline - time.monotonic()) * 1000))
             if not self._socket.poll(left):
                 return None
             peer, parts = self._take()
-            if peer is None:
-                continue
-            self.bytes_received[peer] = self.bytes_received.get(peer, 0) + sum(map(len, parts))
-            try:
-                if len(parts) != 2:
-                    raise MalformedFrame(f"{peer}: {len(parts)} frames in a chunk, expected 2")
-                reassembler = self._reassemblers.setdefault(peer, Reassembler(self._limits))
-                if (message := reassembler.take(*parts, who=peer)) is not None:
-                    return Delivery(peer, message)
-            except (MalformedFrame, FrameTooLarge):
-                # One bad peer must not stop the others; its message is gone, its connection stays.
-                self.violations[peer] = self.violations.get(peer, 0) + 1
+            if peer is not None and (message := self._reassemble(peer, parts)) is not None:
+                return Delivery(peer, message)
+            # A flood of pieces must not hold the caller beyond its time-out.
+            if time.monotonic() >= deadline:
+                return None
+
+    def _reassemble(self, peer: PeerId, parts: list[bytes]) -> tuple[bytes, ...] | None:
+        self.bytes_received[peer] = self.bytes_received.get(peer, 0) + sum(map(len, parts))
+        try:
+            if len(parts) != 2:
+                raise MalformedFrame(f"{peer}: {len(parts)} frames in a chunk, expected 2")
+            return self._reassemblers.setdefault(peer, Reassembler(self._limits)).take(*parts, who=peer)
+        except (MalformedFrame, FrameTooLarge):
+            # One bad peer must not stop the others; its message is gone, its connection stays.
+            self.violations[peer] = self.violations.get(peer, 0) + 1
+            return None
+
+    def _check_open(self) -> None:
+        if self._socket.closed:
+            raise PeerUnreachable("endpoint: closed")
 
     @abstractmethod
     def _take(self) -> tuple[PeerId | None, list[bytes]]:
@@ -120,6 +141,7 @@ class _ZmqEndpoint(ABC):
         """See ``Endpoint.why_silent``."""
 
     def _send(self, peer: PeerId, prefix: list[bytes], frames: Sequence[bytes | memoryview]) -> None:
+        self._check_open()
         self._sent_messages += 1
         for header, chunk in split(frames, number=self._sent_messages, limits=self._limits):
             try:
@@ -132,8 +154,10 @@ class _ZmqEndpoint(ABC):
     def close(self) -> None:
         """See ``Endpoint.close``."""
         if not self._socket.closed:
-            # Without a connection nothing can go out, so there is nothing to wait for.
-            self._socket.close(linger=0 if self.why_silent() else LINGER_MILLISECONDS)
+            # Where the connection has failed, nothing can go out, so there is nothing to wait for.
+            reason = self.why_silent()
+            failed = reason is not None and not reason.endswith(_NOT_YET)
+            self._socket.close(linger=0 if failed else LINGER_MILLISECONDS)
             self._closing()
             self._context.term()
 
@@ -220,7 +244,7 @@ class DealerEndpoint(_ZmqEndpoint):
         self._address = address
         self._socket.curve_serverkey = z85.encode(server_key)
         self._socket.reconnect_ivl, self._socket.reconnect_ivl_max = 100, 2000
-        self._silent: str | None = f"{address}: not connected yet"
+        self._silent: str | None = f"{address}: {_NOT_YET}"
         self._monitor = self._socket.get_monitor_socket(_EVENTS)
         try:
             self._socket.connect(address)
@@ -237,7 +261,7 @@ class DealerEndpoint(_ZmqEndpoint):
 
     def why_silent(self) -> str | None:
         """See ``Endpoint.why_silent``."""
-        while self._monitor.poll(0):
+        while not self._socket.closed and self._monitor.poll(0):
             event = parse_monitor_message(self._monitor.recv_multipart())["event"]
             if event == zmq.EVENT_HANDSHAKE_SUCCEEDED:
                 self._silent = None

@@ -23,6 +23,7 @@ def reference(values: list[int], bits: int) -> bytes:
 
 @st.composite
 def vectors(draw: st.DrawFn) -> tuple[RingLane, list[int]]:
+    """A lane of any ring width and elements for it."""
     bits = draw(st.integers(8, 64))
     values = draw(st.lists(st.integers(0, 2**bits - 1), min_size=1, max_size=200))
     return ring_lane(len(values), bits), values

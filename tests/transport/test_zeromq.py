@@ -1,0 +1,440 @@
+"""Who is admitted, who is believed, and what a broken or hostile connection can do over ZeroMQ."""
+
+import itertools
+import re
+import socket
+import struct
+import time
+from contextlib import ExitStack, contextmanager
+
+import pytest
+import zmq
+from zmq.utils import z85
+from zmq.utils.monitor import parse_monitor_message
+
+import transport
+from transport import COORDINATOR, AddressUnusable, Delivery, Limits, PeerId, PeerUnreachable
+from transport.envelope import split
+
+ANNA, BERT = PeerId("anna"), PeerId("bert")
+LOOPBACK = "tcp://127.0.0.1:0"
+LIMITS = Limits(chunk_bytes=1024, message_bytes=8192, frames=8)
+PATIENCE = 5.0  # seconds; what happens at all happens in milliseconds
+REFUSED = (
+    zmq.EVENT_DISCONNECTED
+    | zmq.EVENT_HANDSHAKE_FAILED_AUTH
+    | zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL
+    | zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL
+)
+
+
+class Hospital:
+    """Key pairs of a coordinator and of three sites, of which anna and bert are listed."""
+
+    def __init__(self, stack):
+        self._stack = stack
+        self.server_key, self.server_secret = transport.generate_keypair()
+        self.keys = {name: transport.generate_keypair() for name in (ANNA, BERT, "stranger")}
+
+    def listen(self, address=LOOPBACK, limits=LIMITS):
+        """The coordinator's endpoint."""
+        peers = {name: self.keys[name][0] for name in (ANNA, BERT)}
+        return self._stack.enter_context(
+            transport.listen(address, secret_key=self.server_secret, peers=peers, limits=limits)
+        )
+
+    def connect(self, address, name, server_key=None):
+        """The endpoint of a site that has the key of ``name``."""
+        return self._stack.enter_context(
+            transport.connect(
+                address, secret_key=self.keys[name][1], server_key=server_key or self.server_key, limits=LIMITS
+            )
+        )
+
+    def raw(self, address, name=None, *, routing_id=b"", kind=zmq.DEALER):
+        """A plain socket to ``address``: with the key of ``name``, or without CURVE; and its monitor."""
+        context = self._stack.enter_context(zmq.Context())
+        raw = self._stack.enter_context(context.socket(kind))
+        raw.linger = 0
+        if name is not None:
+            public, secret = self.keys[name]
+            raw.curve_publickey, raw.curve_secretkey = z85.encode(public), z85.encode(secret)
+            raw.curve_serverkey = z85.encode(self.server_key)
+        if routing_id:
+            raw.routing_id = routing_id
+        monitor = self._stack.enter_context(raw.get_monitor_socket(REFUSED))
+        monitor.linger = 0
+        raw.connect(address)
+        return raw, monitor
+
+
+@pytest.fixture
+def hospital():
+    """Makes endpoints and plain sockets, and closes them at the end."""
+    with ExitStack() as stack:
+        yield Hospital(stack)
+
+
+@contextmanager
+def bound_but_deaf():
+    """A loopback address that refuses connections, and that nobody else can take meanwhile."""
+    with socket.socket() as holder:
+        holder.bind(("127.0.0.1", 0))
+        yield f"tcp://127.0.0.1:{holder.getsockname()[1]}"
+
+
+def silence(site, expected):
+    """The site's reason for silence, as soon as it says ``expected`` or when patience ends."""
+    deadline = time.monotonic() + PATIENCE
+    while expected not in (site.why_silent() or "") and time.monotonic() < deadline:
+        assert site.receive(0.01) is None
+    return site.why_silent()
+
+
+def refused(monitor, coordinator):
+    """Whether the connection is refused or dropped; the coordinator, who must receive nothing, goes on meanwhile."""
+    deadline = time.monotonic() + PATIENCE
+    while time.monotonic() < deadline:
+        assert coordinator.receive(0.01) is None
+        if monitor.poll(0):
+            return parse_monitor_message(monitor.recv_multipart())["event"] & REFUSED != 0
+    return False
+
+
+def passes(site, coordinator, name, text=b"still here"):
+    """Check that a message gets through from ``site`` to the coordinator and one back."""
+    site.send(COORDINATOR, [text])
+    assert coordinator.receive(PATIENCE) == Delivery(name, (text,))
+    coordinator.send(name, [b"re: " + text])
+    assert site.receive(PATIENCE) == Delivery(COORDINATOR, (b"re: " + text,))
+
+
+def chunks(*frames):
+    """A well-formed message as multipart messages of a plain socket."""
+    return [[header, bytes(chunk)] for header, chunk in split(frames, number=1, limits=LIMITS)]
+
+
+def test_keys():
+    """A key pair is fresh each time, 32 bytes each, and the public key follows from the secret one."""
+    (public, secret), (other, _) = transport.generate_keypair(), transport.generate_keypair()
+    assert len(public) == len(secret) == 32
+    assert transport.public_key(secret) == public
+    assert len({public, secret, other}) == 3
+
+
+def test_a_stranger_is_not_admitted(hospital):
+    """Nothing of a site whose key is not listed arrives, the site says why, and cannot send any more."""
+    coordinator = hospital.listen()
+    stranger = hospital.connect(coordinator.address, "stranger")
+    stranger.send(COORDINATOR, [b"let me in"])
+    reason = silence(stranger, "does not admit")
+    assert reason == f"{coordinator.address}: the coordinator does not admit this site's transport key"
+    assert coordinator.receive(0.05) is None
+    assert (coordinator.bytes_received, coordinator.violations) == ({}, {})
+    with pytest.raises(PeerUnreachable, match="does not admit"):
+        stranger.send(COORDINATOR, [b"let me in"])
+    passes(hospital.connect(coordinator.address, ANNA), coordinator, ANNA)
+
+
+def test_wrong_server_key(hospital):
+    """A site that expects another coordinator's key sends nothing to this one, says why, and closes quickly."""
+    coordinator = hospital.listen()
+    site = hospital.connect(coordinator.address, ANNA, server_key=hospital.keys["stranger"][0])
+    site.send(COORDINATOR, [b"for another"])
+    reason = silence(site, "handshake fails")
+    assert reason.startswith(f"{coordinator.address}: the handshake fails: the coordinator has another transport key")
+    assert coordinator.receive(0.05) is None
+    assert coordinator.bytes_received == {}
+    begin = time.monotonic()
+    site.close()
+    assert time.monotonic() - begin < 1.0
+
+
+def test_the_name_comes_from_the_key(hospital):
+    """Two sites that swap keys swap names, whatever they write, and answers go to the key's holder."""
+    coordinator = hospital.listen()
+    sites = {"anna": hospital.connect(coordinator.address, BERT), "bert": hospital.connect(coordinator.address, ANNA)}
+    for claims, key_of in (("anna", BERT), ("bert", ANNA)):
+        sites[claims].send(COORDINATOR, [f"I am {claims}".encode()])
+        assert coordinator.receive(PATIENCE) == Delivery(key_of, (f"I am {claims}".encode(),))
+    coordinator.send(ANNA, [b"to anna's key"])
+    assert sites["bert"].receive(PATIENCE) == Delivery(COORDINATOR, (b"to anna's key",))
+    assert sites["anna"].receive(0.05) is None
+
+
+@pytest.mark.parametrize("routing_id", [b"bert", b"coordinator"])
+def test_a_chosen_routing_id_gives_no_other_name(hospital, routing_id):
+    """A listed site that picks another's name as its ZeroMQ routing id still appears under its own name."""
+    coordinator = hospital.listen()
+    raw, _ = hospital.raw(coordinator.address, ANNA, routing_id=routing_id)
+    raw.send_multipart(chunks(b"I am bert")[0])
+    assert coordinator.receive(PATIENCE) == Delivery(ANNA, (b"I am bert",))
+    with pytest.raises(PeerUnreachable, match=BERT):
+        coordinator.send(BERT, [b"secret"])
+
+
+def test_a_taken_routing_id_does_not_redirect(hospital):
+    """A site that takes the routing id of another one's connection receives nothing that is meant for that one."""
+    coordinator = hospital.listen()
+    first, _ = hospital.raw(coordinator.address, BERT, routing_id=b"same")
+    first.send_multipart(chunks(b"I am here")[0])
+    assert coordinator.receive(PATIENCE) == Delivery(BERT, (b"I am here",))
+    thief, _ = hospital.raw(coordinator.address, ANNA, routing_id=b"same")
+    thief.send_multipart(chunks(b"I am bert")[0])
+    assert coordinator.receive(0.2) in (None, Delivery(ANNA, (b"I am bert",)))
+    coordinator.send(BERT, [b"for bert"])
+    assert first.poll(PATIENCE * 1000)
+    assert first.recv_multipart()[1].endswith(b"for bert")
+    assert not thief.poll(50)
+
+
+@pytest.mark.parametrize("kind", [zmq.DEALER, zmq.REQ], ids=["dealer", "req"])
+def test_without_curve(hospital, kind):
+    """A plain socket without CURVE gets nothing through, and listed sites are not disturbed."""
+    coordinator = hospital.listen()
+    raw, monitor = hospital.raw(coordinator.address, kind=kind)
+    raw.send_multipart(chunks(b"in the clear")[0])
+    assert refused(monitor, coordinator)
+    assert (coordinator.bytes_received, coordinator.violations) == ({}, {})
+    passes(hospital.connect(coordinator.address, ANNA), coordinator, ANNA)
+
+
+def test_bytes_that_are_not_zeromq(hospital):
+    """A connection that speaks another protocol is dropped, and listed sites are not disturbed."""
+    coordinator = hospital.listen()
+    host, port = coordinator.address.removeprefix("tcp://").split(":")
+    with socket.create_connection((host, int(port)), timeout=PATIENCE) as plain:
+        plain.sendall(b"GET / HTTP/1.1\r\nHost: localhost\r\n\r\n" + b"\xff" * 4096)
+        passes(hospital.connect(coordinator.address, ANNA), coordinator, ANNA)
+    assert coordinator.bytes_received.keys() == {ANNA}
+
+
+def test_port_in_use(hospital):
+    """Listening at a port in use raises AddressUnusable naming the address, and leaves its owner alone."""
+    coordinator = hospital.listen()
+    with pytest.raises(AddressUnusable, match=re.escape(coordinator.address) + ": Address already in use"):
+        hospital.listen(coordinator.address)
+    passes(hospital.connect(coordinator.address, ANNA), coordinator, ANNA)
+
+
+@pytest.mark.parametrize(
+    "address", ["", "nowhere", "tcp://127.0.0.1", "tcp://127.0.0.1:port", "udp://127.0.0.1:9", "tcp://127.0.0.1:65536"]
+)
+def test_not_an_address(hospital, address):
+    """What is no address can be neither listened at nor connected to; the error names it, quickly."""
+    begin = time.monotonic()
+    with pytest.raises(AddressUnusable, match=f"^address {re.escape(address)}: .*; expected"):
+        hospital.listen(address)
+    with pytest.raises(AddressUnusable, match=f"^address {re.escape(address)}: .*; expected tcp://host:port"):
+        hospital.connect(address, ANNA)
+    assert time.monotonic() - begin < 1.0
+
+
+def test_not_this_machines_address(hospital):
+    """Listening at another machine's address raises AddressUnusable naming it."""
+    with pytest.raises(AddressUnusable, match=re.escape("tcp://192.0.2.1:0")):  # TEST-NET-1 of RFC 5737
+        hospital.listen("tcp://192.0.2.1:0")
+
+
+def test_the_real_address(hospital):
+    """With port 0 the endpoint says which port it got."""
+    first, second = hospital.listen(), hospital.listen()
+    assert re.fullmatch(r"tcp://127\.0\.0\.1:[1-9]\d*", first.address)
+    assert first.address != second.address
+
+
+def test_nothing_listens(hospital):
+    """Where nothing listens a site connects without an error, says that nothing answers, and closes quickly although
+    a message waits."""
+    with bound_but_deaf() as address:
+        site = hospital.connect(address, ANNA)
+        assert site.why_silent().startswith(f"{address}: ")
+        site.send(COORDINATOR, [b"anybody there?"])
+        assert silence(site, "nothing answers") == f"{address}: nothing answers there"
+        begin = time.monotonic()
+        site.close()
+        assert time.monotonic() - begin < 1.0
+
+
+def test_a_coordinator_that_comes_later(hospital):
+    """A site may connect and send before the coordinator listens; it gets through when that one is there."""
+    early = hospital.listen()
+    address = early.address
+    early.close()
+    site = hospital.connect(address, ANNA)
+    site.send(COORDINATOR, [b"early"])
+    assert "nothing answers" in silence(site, "nothing answers")
+    coordinator = hospital.listen(address)
+    assert coordinator.receive(PATIENCE) == Delivery(ANNA, (b"early",))
+    assert site.why_silent() is None
+
+
+def test_a_listed_site_that_has_not_connected(hospital):
+    """Sending to a listed site before it has sent anything raises PeerUnreachable naming it."""
+    coordinator = hospital.listen()
+    with pytest.raises(PeerUnreachable, match="anna: has not connected"):
+        coordinator.send(ANNA, [b"x"])
+
+
+def test_a_site_that_left(hospital):
+    """Sending to a site that has closed its connection soon raises PeerUnreachable, and other sites are reached."""
+    coordinator = hospital.listen()
+    anna, bert = (hospital.connect(coordinator.address, name) for name in (ANNA, BERT))
+    passes(anna, coordinator, ANNA)
+    passes(bert, coordinator, BERT)
+    anna.close()
+
+    def send_until_it_fails():
+        deadline = time.monotonic() + PATIENCE
+        while time.monotonic() < deadline:
+            coordinator.send(ANNA, [b"x"])
+            assert coordinator.receive(0.01) is None
+
+    with pytest.raises(PeerUnreachable, match=ANNA):
+        send_until_it_fails()
+    passes(bert, coordinator, BERT)
+
+
+GARBAGE = {
+    "empty": [b""],
+    "one-frame": [b"garbage"],
+    "three-frames": [*chunks(b"good")[0], b"and more"],
+    "many-frames": [b"x"] * 500,
+    "delimiter-first": [b"", *chunks(b"good")[0]],
+    "no-header": [b"", b"chunk"],
+    "short-header": [b"\xff" * 23, b"chunk"],
+    "random-header": [b"\xff" * 24, b"chunk"],
+    "empty-chunk": [struct.pack("<QQQ", 1, 0, 12), b""],
+    "middle-of-a-message": [struct.pack("<QQQ", 1, 100, 1000), b"chunk"],
+    "too-long-a-message": [struct.pack("<QQQ", 1, 0, LIMITS.message_bytes + 1), b"chunk"],
+    "more-than-announced": [struct.pack("<QQQ", 1, 0, 4), b"chunk"],
+    "no-frames-inside": [struct.pack("<QQQ", 1, 0, 4), struct.pack("<I", 0)],
+    "too-many-frames-inside": [struct.pack("<QQQ", 1, 0, 76), struct.pack("<I", 9) + bytes(72)],
+    "chunk-over-the-limit": [struct.pack("<QQQ", 1, 0, 2000), bytes(LIMITS.chunk_bytes + 1)],
+}
+
+
+@pytest.mark.parametrize("parts", GARBAGE.values(), ids=GARBAGE.keys())
+def test_garbage_of_a_listed_site(hospital, parts):
+    """Garbage of a listed site is counted against that site alone; another site and, later, it itself get through."""
+    coordinator, times = hospital.listen(), 3
+    raw, _ = hospital.raw(coordinator.address, ANNA)
+    for _ in range(times):
+        raw.send_multipart(parts)
+    deadline = time.monotonic() + PATIENCE
+    while coordinator.violations.get(ANNA, 0) < times and time.monotonic() < deadline:
+        assert coordinator.receive(0.01) is None
+    assert coordinator.violations == {ANNA: times}
+    assert coordinator.bytes_received == {ANNA: times * sum(map(len, parts))}
+    passes(hospital.connect(coordinator.address, BERT), coordinator, BERT)
+    raw.send_multipart(chunks(b"sorry")[0])
+    assert coordinator.receive(PATIENCE) == Delivery(ANNA, (b"sorry",))
+    assert coordinator.violations == {ANNA: times}
+
+
+def test_an_oversize_frame_of_a_listed_site(hospital):
+    """A frame far over the chunk limit costs the listed site its connection, is not read, and disturbs nobody."""
+    coordinator = hospital.listen()
+    bert = hospital.connect(coordinator.address, BERT)
+    passes(bert, coordinator, BERT)
+    raw, monitor = hospital.raw(coordinator.address, ANNA)
+    raw.send_multipart([struct.pack("<QQQ", 1, 0, 2000), bytes(1_000_000)])
+    assert refused(monitor, coordinator)
+    assert ANNA not in coordinator.bytes_received
+    passes(bert, coordinator, BERT)
+
+
+def test_an_unfinished_message_does_not_hold_up_others(hospital):
+    """A site that never finishes its message keeps no other site from getting through."""
+    coordinator = hospital.listen()
+    raw, _ = hospital.raw(coordinator.address, ANNA)
+    first, *rest = chunks(bytes(3000))
+    raw.send_multipart(first)
+    passes(hospital.connect(coordinator.address, BERT), coordinator, BERT)
+    assert coordinator.receive(0.05) is None
+    for chunk in rest:
+        raw.send_multipart(chunk)
+    assert coordinator.receive(PATIENCE) == Delivery(ANNA, (bytes(3000),))
+    assert coordinator.violations == {}
+
+
+def test_chunks_of_two_sites_do_not_mix(hospital):
+    """Chunks of two sites that arrive by turns, with the same message number, make up each site's own message."""
+    coordinator = hospital.listen()
+    raws = {name: hospital.raw(coordinator.address, name)[0] for name in (ANNA, BERT)}
+    for index in range(3):
+        for name, raw in raws.items():
+            raw.send_multipart(chunks(name[0].encode() * 3000)[index])
+    got = [coordinator.receive(PATIENCE) for _ in raws]
+    assert sorted(got, key=lambda delivery: delivery.peer) == [
+        Delivery(ANNA, (b"a" * 3000,)),
+        Delivery(BERT, (b"b" * 3000,)),
+    ]
+
+
+def test_a_reconnecting_site_begins_again(hospital):
+    """A site that broke off in the middle of a message and comes back with a new connection gets through."""
+    coordinator = hospital.listen()
+    raw, _ = hospital.raw(coordinator.address, ANNA)
+    raw.send_multipart(chunks(bytes(3000))[0])
+    deadline = time.monotonic() + PATIENCE
+    while ANNA not in coordinator.bytes_received and time.monotonic() < deadline:
+        assert coordinator.receive(0.01) is None
+    raw.close()
+    passes(hospital.connect(coordinator.address, ANNA), coordinator, ANNA)
+    assert coordinator.violations == {}
+
+
+def test_reconnect(hospital):
+    """A coordinator that closes and listens again at the same port is reached again by the same endpoint."""
+    coordinator = hospital.listen()
+    site = hospital.connect(coordinator.address, ANNA)
+    passes(site, coordinator, ANNA)
+    coordinator.close()
+    assert silence(site, coordinator.address)
+    again = hospital.listen(coordinator.address)
+    passes(site, again, ANNA, b"after the restart")
+    assert site.why_silent() is None
+
+
+def test_a_restart_with_another_key(hospital):
+    """After a restart with another key at the same port the site sends nothing there and says why."""
+    coordinator = hospital.listen()
+    site = hospital.connect(coordinator.address, ANNA)
+    passes(site, coordinator, ANNA)
+    coordinator.close()
+    _, hospital.server_secret = transport.generate_keypair()
+    impostor = hospital.listen(coordinator.address)
+    assert "handshake fails" in silence(site, "handshake fails")
+    assert impostor.receive(0.05) is None
+    assert impostor.bytes_received == {}
+
+
+def test_close_while_the_coordinator_is_gone(hospital):
+    """A site closes quickly, with a message waiting, after its coordinator has gone."""
+    coordinator = hospital.listen()
+    site = hospital.connect(coordinator.address, ANNA)
+    passes(site, coordinator, ANNA)
+    coordinator.close()
+    assert silence(site, coordinator.address)
+    site.send(COORDINATOR, [b"too late"])
+    begin = time.monotonic()
+    site.close()
+    assert time.monotonic() - begin < 1.0
+
+
+def test_secret_keys_do_not_appear_in_repr(hospital):
+    """Neither the repr of an endpoint nor the text of an error shows a secret key, in any of its spellings."""
+    coordinator = hospital.listen()
+    site = hospital.connect(coordinator.address, ANNA)
+    with pytest.raises(AddressUnusable) as busy:
+        hospital.listen(coordinator.address)
+    with pytest.raises(AddressUnusable) as bad:
+        hospital.connect("nowhere", ANNA)
+    with pytest.raises(PeerUnreachable) as unknown:
+        coordinator.send(ANNA, [b"x"])
+    texts = [text(shown) for text in (repr, str) for shown in (coordinator, site, busy.value, bad.value, unknown.value)]
+    secrets = (hospital.server_secret, hospital.keys[ANNA][1])
+    for secret, text in itertools.product(secrets, texts):
+        for spelling in (secret.hex(), z85.encode(secret).decode(), repr(secret)[2:-1]):
+            assert spelling not in text
