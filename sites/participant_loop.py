@@ -101,15 +101,12 @@ class Round:
 
 
 class Federation:
-    """A site's membership, open while its ``with`` block runs; made by ``join``.
-
-    ``final_state``: the global model after the last round, or None before; ``bytes_sent``: to the coordinator so far.
-    """
+    """A site's membership, open while its ``with`` block runs; made by ``join``."""
 
     def __init__(self, site: OpenSite, *, endpoint: Endpoint | None = None, evaluate: Evaluate | None = None) -> None:
         self._session = _Session(site, endpoint)
         self._evaluate = evaluate
-        self.final_state: State | None = None
+        self._final_state: State | None = None
 
     def __enter__(self) -> Self:
         self._session.start()
@@ -119,6 +116,13 @@ class Federation:
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         self._session.leave(finish=error is None)
+
+    @property
+    def final_state(self) -> State:
+        """The global model after the last round; FederationFailed if the federation has not come to its end."""
+        if self._final_state is None:
+            raise FederationFailed("final model: asked for before the federation was over")
+        return self._final_state
 
     @property
     def bytes_sent(self) -> int:
@@ -140,7 +144,7 @@ class Federation:
         while (item := self._session.next_task()) is not None:
             if isinstance(item, FederationOver):
                 vector = self._session.spec.from_bytes(item.payload, who="final model")
-                self.final_state = self._session.spec.restore(vector)
+                self._final_state = self._session.spec.restore(vector)
                 if item.code != "finished":
                     raise FederationFailed(
                         f"the coordinator ended the federation ({item.code}); see its own log for why"
