@@ -47,7 +47,7 @@ class Data(StrEnum):
 def main() -> NoReturn:
     """Run the command line; exits with 0, 1 for a failure, 2 for wrong usage."""
     try:
-        app()
+        app(prog_name="secureagg")
     except (SecureAggregationError, SiteError, PrivacyError, TransportError) as error:
         _fail(str(error))
     except KeyboardInterrupt:
@@ -281,8 +281,8 @@ def _print_manifest(manifest: "Manifest") -> None:
     signed = {entry.site for entry in manifest.signatures}
     sites = (f"{entry.name} ({'signed' if entry.name in signed else 'not signed'})" for entry in manifest.sites)
     table.add_row("sites", ", ".join(sites))
-    table.add_row("digest", manifest.digest.hex())
     out.print(table)
+    out.print(f"digest {manifest.digest.hex()}", soft_wrap=True)
 
 
 def _print_round(record: "RoundRecord") -> None:

@@ -71,6 +71,10 @@ def save_config(
         data=data,
     )
     fields = {name: value for name, value in msgspec.to_builtins(config).items() if value is not None}
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigurationError(f"{folder}: cannot be made: {error.strerror}") from error
     write_atomic(path, tomli_w.dumps(fields).encode())
 
 

@@ -7,6 +7,7 @@ one place) is computed by the demo itself, which for that one purpose reads ever
 import os
 import shutil
 import socket
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -63,7 +64,8 @@ class MetricsResult(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Seconds(msgspec.Struct, frozen=True, kw_only=True):
-    """Wall time of the whole demo; of it, over all rounds, the slowest hospital's training and everything else."""
+    """Wall time of the whole demo; of it, summed over the rounds, the slowest hospital's training (the first includes
+    the choice of the noise) and everything else."""
 
     total: float
     training: float
@@ -127,7 +129,8 @@ def run_demo(
         final = spec.restore(spec.from_bytes((folder / "model.safetensors").read_bytes(), who="final model"))
     # Without failures these are the very metrics that the coordinator read off the last sum of counts.
     federated = evaluate_scores(predict(heart_model(), final, test.test_features), test.test_labels, bins)
-    training = sum(_training_seconds(record, summaries) for record in records)
+    training = [_training_seconds(record, summaries) for record in records]
+    aggregation = [sum(record.seconds.values()) - own for record, own in zip(records, training, strict=True)]
     result = DemoResult(
         backend="masked",
         rounds=rounds,
@@ -145,13 +148,21 @@ def run_demo(
         metrics=MetricsResult(federated=federated, pooled=pooled, local=local),
         seconds=Seconds(
             total=time.monotonic() - began,
-            training=training,
-            aggregation=sum(sum(record.seconds.values()) for record in records) - training,
+            training=sum(training),
+            aggregation=sum(aggregation),
         ),
     )
     if json_file is not None:
         write_atomic(json_file, msgspec.json.format(msgspec.json.encode(result)) + b"\n")
-    _print(console, result, records, held_out=len(test.test_labels))
+    console.print(_hospital_table(result))
+    console.print(_metrics_table(result, len(test.test_labels)))
+    console.print(
+        f"A typical round: {statistics.median(training[:-1]):.2f} s of training (the slowest hospital), "
+        f"{statistics.median(aggregation):.2f} s of aggregation. Whole demo: {result.seconds.total:.0f} s.",
+        soft_wrap=True,
+    )
+    _print_failures(console, records)
+    console.print(_view_table(records))
     if keep is not None:
         console.print(f"Everything is kept in {keep}: manifest, keys, each site's state, the model.", soft_wrap=True)
     return result
@@ -313,15 +324,7 @@ def _training_seconds(record: RoundRecord, summaries: dict[str, SiteSummary]) ->
 # --- what is shown ---
 
 
-def _print(console: Console, result: DemoResult, records: list[RoundRecord], *, held_out: int) -> None:
-    console.print(_hospital_table(result))
-    console.print(_metrics_table(result, held_out))
-    seconds = result.seconds
-    console.print(
-        f"Time per round: {seconds.training / result.rounds:.2f} s of training (the slowest hospital), "
-        f"{seconds.aggregation / len(records):.2f} s of aggregation. Whole demo: {seconds.total:.0f} s.",
-        soft_wrap=True,
-    )
+def _print_failures(console: Console, records: list[RoundRecord]) -> None:
     for record in records:
         if record.dropped:
             silent = ", ".join(f"{site} stopped answering in {phase}" for site, phase in sorted(record.dropped.items()))
@@ -331,7 +334,6 @@ def _print(console: Console, result: DemoResult, records: list[RoundRecord], *, 
                 else f"released the sum of {', '.join(record.survivors)}"
             )
             console.print(f"Round {record.number}: {silent}; the round {end}.", soft_wrap=True)
-    console.print(_view_table(records))
 
 
 def _hospital_table(result: DemoResult) -> Table:
