@@ -264,13 +264,14 @@ class CoordinatorLoop:
 
     def _give_up(self, machine: Coordinator, record: RoundRecord, sites: Iterable[SiteId]) -> None:
         for site in sites:
-            self._note_dropped(machine, record, machine.expected & {site})
+            self._note_dropped(machine, record, [site])
             self._deliver(machine, record, machine.drop(site))
 
     @staticmethod
     def _note_dropped(machine: Coordinator, record: RoundRecord, sites: Iterable[SiteId]) -> None:
-        for site in sites:
-            record.dropped.setdefault(site, type(machine.phase).__name__)
+        if not isinstance(machine.phase, CoordinatorFinished | Aborted):
+            for site in sites:
+                record.dropped.setdefault(site, type(machine.phase).__name__)
 
     # --- output ---
 
