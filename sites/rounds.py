@@ -35,6 +35,10 @@ def round_parameters(
             f"round {round_number}: a cohort of {len(members)} sites, expected at least "
             f"{manifest.policy.minimum_cohort}"
         )
+    # Stops a coordinator that goes on asking for updates after the rounds that every site signed for.
+    planned = manifest.training.rounds
+    if round_number > planned + (purpose == "evaluate"):
+        raise ParameterError(f"round {round_number}, {purpose}: the manifest has {planned} training rounds")
     bound = Counts(maximum=manifest.evaluation.max_examples)
     lanes = [
         Lane(name=CORRECT, length=1, encoding=bound),

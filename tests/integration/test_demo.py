@@ -1,0 +1,141 @@
+"""`secureagg demo` as a newcomer runs it: real processes, real sockets, real data."""
+
+import json
+import re
+import stat
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from dp.accountants import rdp_epsilon
+from dp.ledger import Ledger
+from sites.datasets.heart import HOSPITALS
+from sites.manifest import Manifest
+from sites.model_state import ModelSpec
+
+PATIENTS = {"cleveland": 199, "hungary": 172, "switzerland": 30, "va": 85}
+
+
+def demo(folder: Path, *options: str) -> tuple[dict[str, object], str, Path]:
+    """The demo's JSON, what it printed, and the folder in which it kept everything."""
+    kept = folder / "kept"
+    command = [sys.executable, "-m", "sites.cli", "demo", "--json", str(folder / "x.json"), "--keep", str(kept)]
+    done = subprocess.run([*command, *options], capture_output=True, text=True, timeout=170, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stderr == ""
+    return json.loads((folder / "x.json").read_text()), done.stdout, kept
+
+
+@pytest.fixture(scope="module")
+def ran(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, object], str, Path]:
+    """One demo without failures, shared by the tests that look at what it left."""
+    return demo(tmp_path_factory.mktemp("demo"))
+
+
+def test_json(ran) -> None:
+    """The JSON has the documented fields, the right patients, each epsilon within its budget and nearly used, and
+    metrics that a model which has learnt something reaches.
+
+    0.78 is five standard deviations of the noise below the measured mean, a false-alarm probability below 1e-6.
+    """
+    result, _, _ = ran
+    assert list(result) == ["backend", "rounds", "sites", "metrics", "seconds"]
+    assert (result["backend"], result["rounds"]) == ("masked", 10)
+    assert {site["name"]: site["patients"] for site in result["sites"]} == PATIENTS
+    for site in result["sites"]:
+        assert list(site) == ["name", "patients", "epsilon", "delta", "bytes_sent", "survived"]
+        assert 0.99 < site["epsilon"] <= 1
+        assert site["delta"] == 1e-3
+        assert site["bytes_sent"] > 10_000
+        assert site["survived"] is True
+    metrics = result["metrics"]
+    assert metrics["local"].keys() == PATIENTS.keys()
+    for values in (metrics["federated"], metrics["pooled"], *metrics["local"].values()):
+        assert list(values) == ["auc", "accuracy", "balanced_accuracy"]
+        assert all(0 <= value <= 1 for value in values.values())
+    assert metrics["federated"]["auc"] > 0.78
+    assert metrics["pooled"]["auc"] > 0.80
+    assert result["seconds"].keys() == {"total", "training", "aggregation"}
+    assert all(value > 0 for value in result["seconds"].values())
+
+
+def test_metrics_of_the_coordinator_are_those_of_the_model(ran) -> None:
+    """What the coordinator read off the securely summed counts equals the metrics computed on all held-out patients."""
+    result, _, kept = ran
+    last = json.loads((kept / "coordinator" / "rounds.jsonl").read_text().splitlines()[-1])
+    assert last["purpose"] == "evaluate"
+    assert last["metrics"] == result["metrics"]["federated"]
+
+
+def test_epsilon_can_be_recomputed_from_each_ledger(ran) -> None:
+    """Each hospital's ledger holds one entry per round, and its events give the epsilon that was shown."""
+    result, _, kept = ran
+    for site in result["sites"]:
+        ledger = Ledger(kept / site["name"] / "ledger.jsonl")
+        assert [release.round_number for release in ledger.releases] == list(range(1, 11))
+        assert rdp_epsilon(ledger.events, site["delta"]) == pytest.approx(site["epsilon"], rel=1e-12)
+
+
+def test_what_is_kept(ran) -> None:
+    """Manifest, keys with mode 600, each site's state and the model are there, and the manifest is signed by all."""
+    _, _, kept = ran
+    Manifest.load(kept / "manifest.toml").check()
+    for name in HOSPITALS:
+        assert stat.S_IMODE((kept / name / f"{name}.keys").stat().st_mode) == 0o600
+        for file in ("SITE.toml", "journal.sqlite", "ledger.jsonl", "summary.json", "log.txt", f"{name}.card"):
+            assert (kept / name / file).stat().st_size > 0, file
+    spec = ModelSpec.of_bytes((kept / "model.safetensors").read_bytes(), who="model")
+    assert dict(spec.tensors) == {"weight": (1, 13), "bias": (1,)}
+
+
+def test_no_secret_lies_at_the_coordinator(ran) -> None:
+    """Nothing in the coordinator's folder, nor anything printed, holds a hospital's private key."""
+    _, printed, kept = ran
+    stored = b"".join(path.read_bytes() for path in (kept / "coordinator").iterdir()) + printed.encode()
+    for name in HOSPITALS:
+        for secret in re.findall(r'"([0-9a-f]{64})"', (kept / name / f"{name}.keys").read_text()):
+            assert secret.encode() not in stored
+            assert bytes.fromhex(secret) not in stored
+
+
+def test_what_is_printed(ran) -> None:
+    """The tables have a row per hospital, the references, times, and what the coordinator saw; no line is too wide for
+    a terminal of 80 columns."""
+    result, printed, _ = ran
+    for site in result["sites"]:
+        local = result["metrics"]["local"][site["name"]]["auc"]
+        federated = result["metrics"]["federated"]["auc"]
+        row = (
+            rf"{site['name']} +│ +{site['patients']} │ +{site['epsilon']:.3f} \(0\.001\) │ +{local:.3f} │"
+            rf" +{federated:.3f} │ +{site['bytes_sent']:,}"
+        )
+        assert re.search(row, printed)
+        assert re.search(rf"{site['name']} +│ [\d,]+ bytes; its masked input begins [0-9a-f]{{24}}", printed)
+    assert re.search(r"pooled, no privacy +│ 0\.8", printed)
+    assert re.search(r"A typical round: \d+\.\d\d s of training .*, \d+\.\d\d s of aggregation", printed)
+    assert "486 examples" in printed
+    assert all(len(line) <= 80 for line in printed.splitlines() if line[:1] in "┏┃┡│├└")
+
+
+def test_a_hospital_that_fails(tmp_path: Path) -> None:
+    """With a hospital's machine failing in the middle round, the demo ends well, says what happened, and marks it."""
+    result, printed, _ = demo(tmp_path, "--drop", "va:CollectingMaskedInputs", "--rounds", "3")
+    survived = {site["name"]: site["survived"] for site in result["sites"]}
+    assert survived == {"cleveland": True, "hungary": True, "switzerland": True, "va": False}
+    assert re.search(
+        r"Round 2: va stopped answering in CollectingMaskedInputs; the round released the sum of cleveland, hungary, "
+        r"switzerland\.",
+        printed,
+    )
+    assert re.search(r"va .* failed ", printed)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("phase", ["AdvertisingKeys", "SharingKeys", "CheckingConsistency", "Unmasking"])
+def test_a_hospital_that_fails_in_each_other_phase(tmp_path: Path, phase: str) -> None:
+    """The same in every other phase."""
+    result, printed, _ = demo(tmp_path, "--drop", f"hungary:{phase}")
+    assert [site["survived"] for site in result["sites"]] == [True, False, True, True]
+    assert f"Round 5: hungary stopped answering in {phase}; the round released the sum of" in printed
