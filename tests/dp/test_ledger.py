@@ -1,0 +1,116 @@
+"""The durable record of releases."""
+
+from contextlib import suppress
+from hashlib import sha256
+from pathlib import Path
+
+import pytest
+
+from dp.errors import LedgerTampered
+from dp.events import PoissonSampledGaussian
+from dp.ledger import Ledger, Release
+
+
+def release(number: int) -> Release:
+    """A release that tells by its steps which one it is."""
+    event = PoissonSampledGaussian(sampling_rate=0.25, noise_multiplier=3.5, steps=number)
+    return Release(run="run", round_number=number, event=event)
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    """A ledger file with four entries."""
+    ledger = Ledger(tmp_path / "ledger.jsonl")
+    for number in range(1, 5):
+        ledger.reserve(release(number))
+    return tmp_path / "ledger.jsonl"
+
+
+def test_entries_survive(path: Path) -> None:
+    """A ledger opened again holds the same releases in the same order, and goes on from there."""
+    again = Ledger(path)
+    assert again.releases == tuple(release(number) for number in range(1, 5))
+    again.reserve(release(5))
+    assert Ledger(path).releases == tuple(release(number) for number in range(1, 6))
+
+
+def test_a_reservation_is_on_disk_when_it_returns(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Before ``reserve`` returns, the entry is flushed to the disk; if that fails, it raises."""
+    synced: list[bytes] = []
+    path = tmp_path / "ledger.jsonl"
+    monkeypatch.setattr("dp.ledger.os.fsync", lambda _: synced.append(path.read_bytes()))
+    Ledger(path).reserve(release(1))
+    assert synced[0].endswith(b"\n")
+    assert Ledger(path).releases == (release(1),)
+
+    def fail(_: int) -> None:
+        raise OSError("disk failure")
+
+    monkeypatch.setattr("dp.ledger.os.fsync", fail)
+    ledger = Ledger(path)
+    with pytest.raises(OSError, match="disk failure"):
+        ledger.reserve(release(2))
+    assert ledger.releases == (release(1),)
+
+
+def test_every_changed_byte_shows(path: Path) -> None:
+    """Whatever byte of an earlier entry is changed, opening the ledger fails naming the file; in the last entry, it does
+    or the head differs."""
+    original, head = path.read_bytes(), Ledger(path).head
+    last_line = original[:-1].rindex(b"\n") + 1
+    for position in range(0, len(original), 3):
+        changed = bytearray(original)
+        changed[position] ^= 1
+        path.write_bytes(bytes(changed))
+        if position < last_line:
+            with pytest.raises(LedgerTampered, match=f"ledger {path}, line"):
+                Ledger(path)
+        else:  # no line behind it would tell, so its own form or the head does
+            with suppress(LedgerTampered):
+                assert Ledger(path).head != head
+
+
+@pytest.mark.parametrize("gone", [0, 1, 2])
+def test_a_removed_entry_shows(path: Path, gone: int) -> None:
+    """Without one of the earlier lines the next one is not in its place."""
+    lines = path.read_bytes().splitlines(keepends=True)
+    path.write_bytes(b"".join(lines[:gone] + lines[gone + 1 :]))
+    with pytest.raises(LedgerTampered, match=f"line {gone + 1}: altered, or not in its place"):
+        Ledger(path)
+
+
+def test_exchanged_entries_show(path: Path) -> None:
+    """Two lines exchanged are not in their places."""
+    lines = path.read_bytes().splitlines(keepends=True)
+    path.write_bytes(b"".join([lines[0], lines[2], lines[1], lines[3]]))
+    with pytest.raises(LedgerTampered, match="line 2"):
+        Ledger(path)
+
+
+@pytest.mark.parametrize("line", [b"{}", b"[]", b"null", b"\xff", b'{"event":{}}', b""])
+def test_what_is_no_entry_shows(path: Path, line: bytes) -> None:
+    """A line that no ledger wrote is refused."""
+    path.write_bytes(path.read_bytes() + line + b"\n")
+    with pytest.raises(LedgerTampered, match="line 5"):
+        Ledger(path)
+
+
+def test_a_torn_last_line_is_cut_off(path: Path) -> None:
+    """A crash in the middle of a reservation leaves the earlier entries, wherever it happened; the next one fits on."""
+    original = path.read_bytes()
+    start = original[:-1].rindex(b"\n") + 1
+    for end in range(start + 1, len(original)):
+        path.write_bytes(original[:end])
+        ledger = Ledger(path)
+        assert ledger.releases == tuple(release(number) for number in range(1, 4))
+        ledger.reserve(release(4))
+        assert path.read_bytes() == original
+
+
+def test_head_names_the_last_entry(path: Path) -> None:
+    """Noted elsewhere, the head shows that a tail was removed."""
+    lines = path.read_bytes().splitlines(keepends=True)
+    assert Ledger(path).head == sha256(lines[-1]).hexdigest()
+    path.write_bytes(b"".join(lines[:-1]))
+    assert Ledger(path).head == sha256(lines[-2]).hexdigest()
+    assert Ledger(path.with_name("new.jsonl")).head == "0" * 64
