@@ -54,8 +54,8 @@ def test_a_reservation_is_on_disk_when_it_returns(tmp_path: Path, monkeypatch: p
 
 
 def test_every_changed_byte_shows(path: Path) -> None:
-    """Whatever byte of an earlier entry is changed, opening the ledger fails naming the file; in the last entry, it does
-    or the head differs."""
+    """A changed byte of an earlier entry fails the opening, naming the file; one of the last does, or the head "
+    "tells."""
     original, head = path.read_bytes(), Ledger(path).head
     last_line = original[:-1].rindex(b"\n") + 1
     for position in range(0, len(original), 3):

@@ -57,7 +57,7 @@ def test_arbitrary_bytes_are_a_message_or_malformed(frames: list[bytes]) -> None
     [
         [],
         [b""],
-        [bytes(HEADER_BYTES + 1)],
+        encode(messages.SurvivorSignature(context=b"c", sender=SiteId("a"), list_signature=bytes(HEADER_BYTES))),
         [b"\xdd\xff\xff\xff\xff"],  # an array of four billion elements, in five bytes
         [b"\x91" * 5000],  # arrays in arrays
         [b"\xc6\xff\xff\xff\xff"],  # four gigabytes of binary, in five bytes

@@ -282,3 +282,14 @@ def test_receipts_go_to_everyone_who_answered() -> None:
     aggregate = stopped.coordinator.phase.aggregate
     assert set(receipts) == set(stopped.sites)
     assert {(r.survivors, r.canary, r.aggregate_digest) for r in receipts.values()} == {(4, 4, aggregate.digest)}
+
+
+@pytest.mark.parametrize("kind", BEFORE, ids=lambda kind: kind.__name__)
+def test_a_site_that_was_dropped_is_not_heard_again(kind: type) -> None:
+    """A site that was given up while others are still expected is refused in the same phase: its peers may already
+    count it as gone."""
+    stopped = waiting_for(kind)
+    gone, message = stopped.pending.pop(0)
+    stopped.coordinator.drop(gone)
+    with pytest.raises(UnexpectedMessage, match="this phase does not wait for"):
+        stopped.coordinator.receive(message, sender=gone)
