@@ -18,6 +18,7 @@ ORDERS: Final = (
 )
 SMALLEST_NOISE_MULTIPLIER: Final = 0.05
 LARGEST_NOISE_MULTIPLIER: Final = 1e5
+USED_UP: Final = 0.99
 
 
 def rdp_epsilon(events: Iterable[PoissonSampledGaussian], delta: float) -> float:
@@ -37,7 +38,7 @@ def rdp_epsilon(events: Iterable[PoissonSampledGaussian], delta: float) -> float
         # Opacus warns where a smallest or largest order is best: the bound is looser then, and still a bound.
         warnings.simplefilter("ignore", UserWarning)
         epsilon, _ = rdp.get_privacy_spent(orders=list(ORDERS), rdp=total, delta=delta)
-    return float(epsilon)
+    return max(0.0, float(epsilon))  # the conversion may go below 0 where delta is large
 
 
 @lru_cache(maxsize=256)
@@ -68,10 +69,12 @@ def noise_multiplier_for(
         event = PoissonSampledGaussian(sampling_rate=sampling_rate, noise_multiplier=noise_multiplier, steps=steps)
         return rdp_epsilon([*spent, event], delta)
 
-    if (least := total(LARGEST_NOISE_MULTIPLIER)) > epsilon:
+    so_far = rdp_epsilon(spent, delta)
+    # What this function leaves over of a budget is no budget for another run, which would release nothing but noise.
+    if so_far > USED_UP * epsilon or (least := total(LARGEST_NOISE_MULTIPLIER)) > epsilon:
+        more = "" if so_far > USED_UP * epsilon else f" and the least that these can cost leads to {least:.4g}"
         raise BudgetExhausted(
-            f"noise for {steps} steps at sampling rate {sampling_rate:.4g}: epsilon {rdp_epsilon(spent, delta):.4g} is "
-            f"spent and even a noise multiplier of {LARGEST_NOISE_MULTIPLIER:g} leads to {least:.4g}, "
+            f"noise for {steps} steps at sampling rate {sampling_rate:.4g}: epsilon {so_far:.4g} is spent{more}, "
             f"expected at most {epsilon:g} at delta {delta:g}"
         )
     high = 1.0

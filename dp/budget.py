@@ -40,16 +40,20 @@ class BudgetGuard:
 
         Raises BudgetExhausted, saying what is spent, asked, allowed and what would still fit; nothing is booked then.
         """
-        asked = rdp_epsilon([*self.ledger.events, release.event], self.budget.delta)
-        if asked > self.budget.epsilon:
-            raise BudgetExhausted(
-                f"privacy budget, round {release.round_number} of run {release.run}: epsilon {self.spent:.4g} is "
-                "spent and "
-                f"{release.event.steps} more steps would make it {asked:.4g}, expected at most "
-                f"{self.budget.epsilon:g} at "
-                f"delta {self.budget.delta:g}; at the same noise {self._steps_that_fit(release.event)} steps would fit"
-            )
-        self.ledger.reserve(release)
+        asked = 0.0
+
+        def check() -> None:
+            nonlocal asked
+            asked = rdp_epsilon([*self.ledger.events, release.event], self.budget.delta)
+            if asked > self.budget.epsilon:
+                raise BudgetExhausted(
+                    f"privacy budget, round {release.round_number} of run {release.run}: epsilon {self.spent:.4g} is "
+                    f"spent and {release.event.steps} more steps would make it {asked:.4g}, expected at most "
+                    f"{self.budget.epsilon:g} at delta {self.budget.delta:g}; at the same noise "
+                    f"{self._steps_that_fit(release.event)} steps would fit"
+                )
+
+        self.ledger.reserve(release, check=check)
         return asked
 
     def _steps_that_fit(self, event: PoissonSampledGaussian) -> int:

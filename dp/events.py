@@ -23,5 +23,5 @@ class PoissonSampledGaussian:
             raise UnsupportedEvent(f"sampling rate: found {self.sampling_rate}, expected above 0 and at most 1")
         if not (math.isfinite(self.noise_multiplier) and self.noise_multiplier > 0):
             raise UnsupportedEvent(f"noise multiplier: found {self.noise_multiplier}, expected a finite number above 0")
-        if self.steps < 1:
-            raise UnsupportedEvent(f"steps: found {self.steps}, expected 1 or more")
+        if not isinstance(self.steps, int) or self.steps < 1:
+            raise UnsupportedEvent(f"steps: found {self.steps}, expected an integer of 1 or more")

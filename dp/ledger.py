@@ -5,8 +5,10 @@ data is sampled: whatever happens afterwards, the record says the truth or more.
 a new run, model, consortium or process continues it.
 """
 
+import fcntl
 import json
 import os
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from hashlib import sha256
 from pathlib import Path
@@ -28,7 +30,7 @@ class Release:
 
 
 class Ledger:
-    """The releases in one file, which is read and verified when opened, and created with the first entry."""
+    """The releases in one file, which is read and verified when opened, and created with the first reservation."""
 
     def __init__(self, path: Path) -> None:
         """Raise LedgerTampered, naming file and line, unless each line is as it was written, in its place.
@@ -57,35 +59,44 @@ class Ledger:
         """SHA-256 of the last line, in hexadecimal: note it elsewhere, and a removed tail shows."""
         return self._head
 
-    def reserve(self, release: Release) -> None:
-        """Record ``release``; when this returns it is on the disk and counts as spent, used or not."""
-        line = self._line(release)
+    def reserve(self, release: Release, *, check: Callable[[], None] = lambda: None) -> None:
+        """Record ``release``; when this returns it is on the disk and counts as spent, used or not.
+
+        The file is locked meanwhile and read again, so that what other processes have booked is known.  ``check`` is
+        called then, and may raise to refuse the release.
+        """
         new = not self._path.exists()
         with self._path.open("ab") as file:
+            # Stops two processes that each see room for a release which the budget has only once.
+            fcntl.flock(file, fcntl.LOCK_EX)
+            self._load()
+            check()
+            line = self._line(release)
             file.write(line)
             file.flush()
             os.fsync(file.fileno())
+            self._head = sha256(line).hexdigest()
+            self._releases.append(release)
         if new:
             folder = os.open(self._path.parent, os.O_RDONLY)
             try:
                 os.fsync(folder)
             finally:
                 os.close(folder)
-        self._head = sha256(line).hexdigest()
-        self._releases.append(release)
 
     def _line(self, release: Release) -> bytes:
         fields = {"previous": self._head, "mechanism": type(release.event).__name__, **asdict(release)}
         return json.dumps(fields, sort_keys=True, separators=(",", ":")).encode() + b"\n"
 
     def _load(self) -> None:
+        self._head, self._releases = _GENESIS, []
         data = self._path.read_bytes()
-        whole, _, torn = data.rpartition(b"\n")
+        *lines, torn = data.split(b"\n")
         if torn:
             with self._path.open("r+b") as file:
                 file.truncate(len(data) - len(torn))
                 os.fsync(file.fileno())
-        for number, line in enumerate(whole.split(b"\n") if whole else [], start=1):
+        for number, line in enumerate(lines, start=1):
             try:
                 fields: dict[str, Any] = json.loads(line)
                 release = Release(
@@ -94,7 +105,7 @@ class Ledger:
                     event=PoissonSampledGaussian(**fields["event"]),
                 )
                 same = self._line(release) == line + b"\n"
-            except (ValueError, KeyError, TypeError, UnsupportedEvent) as error:
+            except (ValueError, KeyError, TypeError, OverflowError, RecursionError, UnsupportedEvent) as error:
                 raise LedgerTampered(f"ledger {self._path}, line {number}: not an entry as it was written") from error
             # Re-encoding repeats the hash of the line before, so an edited, removed or moved line shows here.
             if not same:

@@ -5,6 +5,7 @@ Gaussian noise of deviation z C to the sum, and divides by the expected batch si
 gives per-example gradients and clips them; sampling, noise, step count and empty batches are decided here.
 """
 
+import math
 import os
 import warnings
 from collections.abc import Callable, Hashable, Sequence
@@ -63,9 +64,12 @@ def train_private(
     """Train ``model`` in place for the steps of ``event``, which must have been booked before.
 
     ``features`` and ``targets``: a row per patient; ``patients``: a key per row; ``loss``: predictions and targets of
-    a batch to the SUM of the patients' losses.  Raises UnsupportedEvent for a plan that is not the booked event, for
-    several rows of one patient, and for layers that mix patients.
+    a batch to the SUM of the patients' losses.  A patient whose gradient is not finite contributes nothing to a step.
+    Raises UnsupportedEvent for a plan that is not the booked event, an unfit ``clip_norm``, several rows of one
+    patient, and layers that mix patients.
     """
+    if not (math.isfinite(clip_norm) and clip_norm > 0):
+        raise UnsupportedEvent(f"training: found clip norm {clip_norm}, expected a finite number above 0")
     if (plan.steps, plan.sampling_rate) != (event.steps, event.sampling_rate):
         raise UnsupportedEvent(
             f"training: {plan.steps} steps at sampling rate {plan.sampling_rate:.4g}, booked were {event.steps} at "
@@ -77,7 +81,13 @@ def train_private(
             f"training: {len(patients)} rows of {len(set(patients))} patients, expected one row per patient; merge a "
             "patient's rows first"
         )
-    if errors := ModuleValidator.validate(model, strict=False):
+    model.train()
+    errors = [str(error) for error in ModuleValidator.validate(model, strict=False)]
+    # Opacus looks at layers with trainable parameters only; statistics over a batch mix patients without any.
+    errors += [
+        f"{type(module).__name__} keeps statistics over patients" for module in model.modules() if _mixes(module)
+    ]
+    if errors:
         raise UnsupportedEvent(
             f"model: {errors[0]}; every patient's gradient must depend on that patient alone, so use GroupNorm in "
             "place of BatchNorm"
@@ -100,6 +110,7 @@ def train_private(
                     # torch tells that inputs need no gradients, which is so for data.
                     warnings.filterwarnings("ignore", "Full backward hook is firing", UserWarning)
                     torch.autograd.backward(loss(wrapped(features[chosen]), targets[chosen]))
+                _leave_out_what_cannot_be_clipped(model)
             else:
                 # An empty batch is a step like any other: it is noised and it counts.
                 for parameter in model.parameters():
@@ -108,6 +119,20 @@ def train_private(
         optimizer.zero_grad()
     finally:
         wrapped.to_standard_module()
+
+
+def _mixes(module: nn.Module) -> bool:
+    return isinstance(module, nn.modules.batchnorm._BatchNorm) or getattr(module, "track_running_stats", False) is True
+
+
+def _leave_out_what_cannot_be_clipped(model: nn.Module) -> None:
+    """Zero the gradient of each sampled patient in whom any part of it is not finite."""
+    trained = (parameter for parameter in model.parameters() if parameter.requires_grad)
+    samples: list[Tensor] = [getattr(parameter, "grad_sample") for parameter in trained]  # noqa: B009  Opacus adds it
+    finite = torch.stack([torch.isfinite(sample).flatten(start_dim=1).all(dim=1) for sample in samples]).all(dim=0)
+    # Stops one patient's values from turning the sum into NaN, which no clipping bounds.
+    for sample in samples:
+        sample[~finite] = 0
 
 
 def train_plain(

@@ -21,7 +21,7 @@ class LocalPrivacy(
 ):
     """The most that this site ever spends on its data: ``epsilon`` at ``delta``."""
 
-    epsilon: Annotated[float, msgspec.Meta(gt=0)]
+    epsilon: Annotated[float, msgspec.Meta(gt=0, le=1e9)]
     delta: Annotated[float, msgspec.Meta(gt=0, lt=1)]
 
 
@@ -48,7 +48,7 @@ class SiteConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_onl
 
     name: str
     manifest: str
-    manifest_sha256: Annotated[str, msgspec.Meta(pattern="^[0-9a-f]{64}$")]
+    manifest_sha256: Annotated[str, msgspec.Meta(pattern="^[0-9a-f]{64}\\Z")]
     keys: str
     state: str
     privacy: LocalPrivacy | NoPrivacy

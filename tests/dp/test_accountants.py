@@ -93,9 +93,20 @@ def test_what_is_spent_leaves_less() -> None:
 
 
 def test_no_noise_helps_when_all_is_spent() -> None:
-    """With nothing left, the error gives what is spent, what it would come to, and what is allowed."""
-    with pytest.raises(BudgetExhausted, match=r"epsilon 1\.6\d+ is spent .* expected at most 1\.5 at delta 1e-05"):
-        noise_multiplier_for(epsilon=1.5, delta=DELTA, sampling_rate=0.1, steps=1, spent=[event()])
+    """With nothing left, or nothing to speak of, the error gives what is spent and what is allowed."""
+    for epsilon in (1.5, 1.61):
+        with pytest.raises(
+            BudgetExhausted, match=rf"epsilon 1\.607 is spent, expected at most {epsilon} at delta 1e-05"
+        ):
+            noise_multiplier_for(epsilon=epsilon, delta=DELTA, sampling_rate=0.1, steps=1, spent=[event()])
+
+
+def test_some_budgets_cannot_be_met_at_all() -> None:
+    """An epsilon below what the accountant can show for any noise is refused with the least that it can show."""
+    with pytest.raises(
+        BudgetExhausted, match=r"the least that these can cost leads to 0\.00\d+, expected at most 0\.001"
+    ):
+        noise_multiplier_for(epsilon=0.001, delta=DELTA, sampling_rate=0.1, steps=1)
 
 
 @pytest.mark.parametrize(

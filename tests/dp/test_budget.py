@@ -75,3 +75,15 @@ def test_budgets_that_promise_nothing(epsilon: float, delta: float) -> None:
     """A budget without a finite epsilon above 0 and a delta in (0, 1) is refused."""
     with pytest.raises(UnsupportedEvent, match="budget: found epsilon"):
         PrivacyBudget(epsilon, delta)
+
+
+def test_two_guards_share_one_budget(tmp_path: Path) -> None:
+    """Two processes on the same data cannot each spend what is there once."""
+    path = tmp_path / "ledger.jsonl"
+    budget = PrivacyBudget(1.5 * rdp_epsilon([EVENT], DELTA), DELTA)
+    one, other = (BudgetGuard(budget, Ledger(path)) for _ in range(2))
+    one.authorize(release(1))
+    other.authorize(release(1, "other"))
+    with pytest.raises(BudgetExhausted):
+        one.authorize(release(2))
+    assert len(Ledger(path).releases) == 2

@@ -1,5 +1,6 @@
 """The durable record of releases."""
 
+import fcntl
 from contextlib import suppress
 from hashlib import sha256
 from pathlib import Path
@@ -54,8 +55,7 @@ def test_a_reservation_is_on_disk_when_it_returns(tmp_path: Path, monkeypatch: p
 
 
 def test_every_changed_byte_shows(path: Path) -> None:
-    """A changed byte of an earlier entry fails the opening, naming the file; one of the last does, or the head "
-    "tells."""
+    """A changed byte of an earlier entry fails the opening; one of the last entry does, or the head differs."""
     original, head = path.read_bytes(), Ledger(path).head
     last_line = original[:-1].rindex(b"\n") + 1
     for position in range(0, len(original), 3):
@@ -87,7 +87,11 @@ def test_exchanged_entries_show(path: Path) -> None:
         Ledger(path)
 
 
-@pytest.mark.parametrize("line", [b"{}", b"[]", b"null", b"\xff", b'{"event":{}}', b""])
+@pytest.mark.parametrize(
+    "line",
+    [b"{}", b"[]", b"null", b"\xff", b'{"event":{}}', b"", b"[" * 100_000, b'{"event":{"steps":1e999}}'],
+    ids=["object", "array", "null", "binary", "no event", "empty", "nested", "infinite"],
+)
 def test_what_is_no_entry_shows(path: Path, line: bytes) -> None:
     """A line that no ledger wrote is refused."""
     path.write_bytes(path.read_bytes() + line + b"\n")
@@ -114,3 +118,50 @@ def test_head_names_the_last_entry(path: Path) -> None:
     path.write_bytes(b"".join(lines[:-1]))
     assert Ledger(path).head == sha256(lines[-2]).hexdigest()
     assert Ledger(path.with_name("new.jsonl")).head == "0" * 64
+
+
+def test_two_processes_do_not_overwrite_each_other(path: Path) -> None:
+    """Two ledgers open on one file see each other's entries when they book, and the chain stays whole."""
+    one, other = Ledger(path), Ledger(path)
+    one.reserve(release(5))
+    other.reserve(release(6))
+    assert other.releases[-2:] == (release(5), release(6))
+    assert Ledger(path).releases == tuple(release(number) for number in range(1, 7))
+
+
+def test_a_reservation_is_exclusive(path: Path) -> None:
+    """While one reservation is being checked, another process's waits: the file is locked."""
+    blocked: list[bool] = []
+
+    def check() -> None:
+        with path.open("ab") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                blocked.append(True)
+
+    Ledger(path).reserve(release(5), check=check)
+    assert blocked == [True]
+
+
+def test_booking_again_after_a_disk_failure(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An entry whose flush failed may be on the disk, so it counts; the next one fits on behind it."""
+    ledger = Ledger(path)
+    with monkeypatch.context() as patch:
+        patch.setattr("dp.ledger.os.fsync", lambda _: (_ for _ in ()).throw(OSError("disk failure")))
+        with pytest.raises(OSError, match="failure"):
+            ledger.reserve(release(5))
+    ledger.reserve(release(6))
+    assert Ledger(path).releases == ledger.releases == tuple(release(number) for number in range(1, 7))
+
+
+def test_a_refusal_leaves_the_file_as_it_was(path: Path) -> None:
+    """What ``check`` raises is passed on, and nothing is booked."""
+    before = path.read_bytes()
+
+    def refuse() -> None:
+        raise RuntimeError("no room")
+
+    with pytest.raises(RuntimeError, match="no room"):
+        Ledger(path).reserve(release(5), check=refuse)
+    assert path.read_bytes() == before

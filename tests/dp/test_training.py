@@ -434,3 +434,38 @@ def test_plain_training_does_nothing_in_an_empty_batch():
     plan = Plan(steps=5, learning_rate=0.5, sampling_rate=1e-9)
     train_plain(model, squared, features, targets, plan=plan, entropy=CountingEntropy(1))
     assert np.array_equal(vector(model), before)
+
+
+@pytest.mark.parametrize(
+    "layer",
+    [
+        nn.BatchNorm1d(4, affine=False),
+        nn.BatchNorm1d(4, affine=False, track_running_stats=False),
+        nn.InstanceNorm1d(4, track_running_stats=True),
+    ],
+    ids=["no weights", "no statistics", "instance"],
+)
+def test_statistics_over_patients_are_refused_without_weights_too(layer: nn.Module) -> None:
+    """A layer that mixes patients is refused even where it has nothing to train, and so looks harmless to Opacus."""
+    refused(make(nn.Linear(3, 4), layer, nn.Linear(4, 1)), "GroupNorm in place of BatchNorm")
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), 1e30])
+def test_one_patient_cannot_ruin_the_model(value: float) -> None:
+    """Whatever one patient's values are, the model stays finite and moves as without that patient, or nearly so."""
+    features, targets = data()
+    spoiled = features.clone()
+    spoiled[3] = value
+    moved = private(make(), squared, spoiled, targets, z=HARDLY_ANY, steps=3)
+    others = [0, 1, 2, 4, 5, 6, 7]
+    without = private(make(), squared, features[others], targets[others], z=HARDLY_ANY, steps=3, rate=0.5 * 7 / 8)
+    assert np.isfinite(moved).all()
+    assert np.linalg.norm(moved - without) <= 3 * 0.5 * 1.0 / 8 * 1.5
+
+
+@pytest.mark.parametrize("clip", [0.0, -1.0, float("nan"), float("inf")])
+def test_the_clip_norm_is_a_bound(clip: float) -> None:
+    """A clip norm that bounds nothing is refused."""
+    features, targets = data()
+    with pytest.raises(UnsupportedEvent, match="clip norm"):
+        private(make(), squared, features, targets, clip=clip)

@@ -169,3 +169,18 @@ def test_the_digest_of_a_model():
     digests = {model_digest(data) for data in (WHOLE, SPEC.to_bytes(other), renamed.to_bytes(VECTOR))}
     assert len(digests) == 3
     assert {len(digest) for digest in digests} == {32}
+
+
+def test_a_dtype_that_numpy_does_not_have():
+    """A safetensors file of bfloat16 tensors, which a peer may send, is refused like any other unfit file."""
+    from safetensors.torch import save as save_torch
+
+    data = save_torch({"weight": torch.zeros(2, dtype=torch.bfloat16)})
+    with pytest.raises(ShapeMismatch, match="global model: not a safetensors file of float32 tensors"):
+        ModelSpec.of({"weight": (2,)}).from_bytes(data, who="global model")
+
+
+def test_the_specification_of_a_file_is_in_order_of_name():
+    """The same file always gives the same specification, so that a manifest can be made again."""
+    data = ModelSpec.of({"b": (1,), "a": (2, 3), "c": ()}).to_bytes(np.zeros(8, np.float32))
+    assert ModelSpec.of_bytes(data, who="x").tensors == (("a", (2, 3)), ("b", (1,)), ("c", ()))

@@ -144,3 +144,13 @@ def test_the_context_binds_the_whole_manifest(manifest):
     changed = msgspec.structs.replace(manifest, privacy=privacy)
     assert parameters(changed).digest == parameters(manifest).digest
     assert parameters(changed).context != parameters(manifest).context
+
+
+def test_no_more_rounds_than_were_signed(manifest):
+    """A coordinator that asks for an update, or an evaluation, after the planned rounds is refused."""
+    planned = manifest.training.rounds
+    parameters(manifest, round_number=planned)
+    parameters(manifest, round_number=planned + 1, purpose="evaluate")
+    for number, purpose in ((planned + 1, "train"), (planned + 2, "evaluate")):
+        with pytest.raises(ParameterError, match=f"{purpose}: the manifest has {planned} training rounds"):
+            parameters(manifest, round_number=number, purpose=purpose)

@@ -124,6 +124,14 @@ def test_a_new_run_on_a_spent_ledger(spent):
     assert spent.read_bytes() == before
 
 
+def test_a_new_run_after_a_finished_one(spent):
+    """What a finished run leaves of its budget, a fraction of a per cent, is not enough for another: it is refused."""
+    before = spent.read_bytes()
+    with pytest.raises(BudgetExhausted, match=r"epsilon (0\.99\d*|1) is spent, expected at most 1 at delta 0\.001"):
+        new_trainer(Ledger(spent)).train(heart_model().state_dict(), run="another", round_number=1)
+    assert spent.read_bytes() == before
+
+
 def test_a_new_run_on_a_partly_spent_ledger(tmp_path):
     """A second run gets what the first has left, by more noise: both together stay within the budget."""
     short = msgspec.structs.replace(TRAINING, rounds=2)
