@@ -77,6 +77,13 @@ def test_a_card_with_another_transport_key_is_refused() -> None:
         replace(CARDS["a"], transport_key=CARDS["b"].transport_key).check()
 
 
+def test_a_roster_checks_its_cards() -> None:
+    """A roster with a card that its site did not sign like this cannot be built."""
+    altered = replace(CARDS["a"], transport_key=bytes(range(32)))
+    with pytest.raises(AuthenticationFailed, match="card of a"):
+        Roster([altered, CARDS["b"], CARDS["c"]])
+
+
 def test_a_card_has_keys_of_the_right_size() -> None:
     """Key sizes are checked before they are used."""
     with pytest.raises(ParameterError, match="transport key has 31 bytes"):
