@@ -217,7 +217,7 @@ def _create_consortium(
     manifest = new_manifest(
         name="heart demo",
         coordinator=keys[COORDINATOR].card,
-        address=f"tcp://127.0.0.1:{_free_port()}",
+        address=f"tcp://127.0.0.1:{free_port()}",
         cards=[keys[name].card for name in HOSPITALS],
         initial=initial,
         changes={
@@ -241,7 +241,7 @@ def _create_consortium(
     return manifest
 
 
-def _free_port() -> int:
+def free_port() -> int:
     """A port that was free a moment ago; the manifest must name it before the coordinator can listen."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
@@ -338,7 +338,7 @@ def _print_failures(console: Console, records: list[RoundRecord]) -> None:
 
 def _hospital_table(result: DemoResult) -> Table:
     table = Table(
-        title=f"Four hospitals, one model: {result.rounds} rounds, differential privacy per patient",
+        title=f"Four hospitals, one model: {_rounds(result.rounds)}, differential privacy per patient",
         title_justify="left",
         caption="alone: a model trained on this hospital's patients only, with the same epsilon",
         caption_justify="left",
@@ -383,6 +383,10 @@ def _view_table(records: list[RoundRecord]) -> Table:
     together = f"of {len(last.survivors)} hospitals together"
     table.add_row("their sum", f"{last.examples} examples, the mean update and evaluation counts {together}")
     return table
+
+
+def _rounds(count: int) -> str:
+    return "1 round" if count == 1 else f"{count} rounds"
 
 
 def _number(value: float | None) -> str:

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from sites import cli
-from sites.demo import _free_port
+from sites.demo import free_port
 from sites.keys import load_keys
 from sites.manifest import Manifest
 
@@ -54,7 +54,7 @@ def consortium(run: Run, tmp_path: Path) -> Path:
     for name in ("sum", *NAMES):
         assert run("keygen", name, "--out", tmp_path)[0] == 0
     cards = [tmp_path / f"{name}.card" for name in NAMES]
-    address = f"tcp://127.0.0.1:{_free_port()}"
+    address = f"tcp://127.0.0.1:{free_port()}"
     manifest = tmp_path / "manifest.toml"
     status, out, err = run(
         *("consortium", "create", manifest, "--name", "Test", "--coordinator", tmp_path / "sum.card"),

@@ -8,7 +8,7 @@ import msgspec
 import numpy as np
 from support.consortium import make_consortium
 
-from sites.demo import _free_port
+from sites.demo import free_port
 from sites.model_state import ModelSpec
 from sites.recipe import PRIVACY, TRAINING
 
@@ -21,7 +21,7 @@ def test_the_example_trains_with_a_real_coordinator(tmp_path: Path) -> None:
     consortium = make_consortium(
         tmp_path,
         names=hospitals,
-        address=f"tcp://127.0.0.1:{_free_port()}",
+        address=f"tcp://127.0.0.1:{free_port()}",
         privacy=msgspec.structs.replace(PRIVACY, mode="none"),
         training=msgspec.structs.replace(TRAINING, rounds=2),
     )

@@ -15,7 +15,7 @@ from secureagg.messages import ToCoordinator
 from sites import control
 from sites.config import open_site
 from sites.coordinator_loop import CoordinatorLoop, RoundRecord
-from sites.demo import _free_port
+from sites.demo import free_port
 from sites.participant_loop import Evaluate, Federation, RoundResult
 from sites.recipe import DEADLINES, ENCODING, PRIVACY, TRAINING
 from support.consortium import Consortium, make_consortium
@@ -104,7 +104,7 @@ class Together:
         }
         self.folder = folder
         self.consortium = make_consortium(
-            folder, names=names, address=f"tcp://127.0.0.1:{_free_port()}", initial=INITIAL, **changes
+            folder, names=names, address=f"tcp://127.0.0.1:{free_port()}", initial=INITIAL, **changes
         )
         self.names = list(names)
         self._programs = {name: moving(name) for name in names} | dict(programs or {})
