@@ -64,8 +64,8 @@ class MetricsResult(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Seconds(msgspec.Struct, frozen=True, kw_only=True):
-    """Wall time of the whole demo; of it, summed over the rounds, the slowest hospital's training (the first includes
-    the choice of the noise) and everything else."""
+    """Wall time of the whole demo; of it, summed over the rounds, the slowest hospital's training and everything
+    else."""
 
     total: float
     training: float

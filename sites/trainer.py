@@ -1,6 +1,7 @@
 """A site's own training: from the global model to a private local one, within the site's budget."""
 
 import os
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Final
 
@@ -12,6 +13,7 @@ from torch import nn
 
 from dp.accountants import noise_multiplier_for
 from dp.budget import BudgetGuard, PrivacyBudget
+from dp.errors import BudgetExhausted
 from dp.events import PoissonSampledGaussian
 from dp.ledger import Ledger, Release
 from dp.training import Plan, train_plain, train_private
@@ -93,6 +95,8 @@ class LocalTrainer:
                 )
             self._guard = BudgetGuard(limit or PrivacyBudget(privacy.epsilon, privacy.delta), ledger)
             self.epsilon = self._guard.spent
+            with suppress(BudgetExhausted):  # a run that continues has its noise, another is refused when it trains
+                self._least_noise(self._guard)  # takes seconds once, which the first round must not wait for
 
     def train(self, state: State, *, run: str, round_number: int) -> TrainingResult:
         """Train from ``state`` for one round; returns the result, ``state`` stays as it is.
@@ -129,15 +133,19 @@ class LocalTrainer:
         """One round's release.  A run that continues after a restart keeps the noise that it began with."""
         releases = guard.ledger.releases
         begun = next((release.event.noise_multiplier for release in releases if release.run == run), None)
-        self.noise_multiplier = begun or noise_multiplier_for(
+        self.noise_multiplier = begun or self._least_noise(guard)
+        return PoissonSampledGaussian(
+            sampling_rate=self._plan.sampling_rate, noise_multiplier=self.noise_multiplier, steps=self._plan.steps
+        )
+
+    def _least_noise(self, guard: BudgetGuard) -> float:
+        """The least noise with which all planned rounds fit what is left of the budget."""
+        return noise_multiplier_for(
             epsilon=guard.budget.epsilon,
             delta=guard.budget.delta,
             sampling_rate=self._plan.sampling_rate,
             steps=self._planned_steps,
             spent=guard.ledger.events,
-        )
-        return PoissonSampledGaussian(
-            sampling_rate=self._plan.sampling_rate, noise_multiplier=self.noise_multiplier, steps=self._plan.steps
         )
 
 
