@@ -183,7 +183,7 @@ def join(config: str | Path, *, evaluate: Evaluate | None = None) -> Federation:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RoundResult:
-    """How a round ended for this site: "finished", "submitted late", "withdrawn", "unfinished" or an error's code."""
+    """How a round ended for this site: "finished", "withdrawn", "unfinished" or an error's code."""
 
     run: str
     number: int
