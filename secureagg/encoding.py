@@ -14,7 +14,7 @@ import numpy.typing as npt
 from secureagg.errors import ParameterError, ShapeMismatch, ValueOutOfRange
 from secureagg.identity import Entropy
 from secureagg.keystream import Keystream, block_words
-from secureagg.lanes import CANARY, CLIPPED, WEIGHT, Counts, FixedPoint, Lane, RingLane, Words
+from secureagg.lanes import CANARY, CLIPPED, WEIGHT, Counts, FixedPoint, Lane, RingLane, Words, integer
 from secureagg.parameters import RoundParameters
 
 __all__ = ["Counts", "EncodedInput", "FixedPoint", "Lane", "decode_total", "encode_input"]
@@ -49,6 +49,7 @@ def encode_input(
     if (weight is None) != (parameters.max_weight is None):
         wanted = "no weight" if parameters.max_weight is None else f"one from 0 to {parameters.max_weight}"
         raise ParameterError(f"weight: found {'none' if weight is None else 'one'}, expected {wanted}")
+    weight = None if weight is None else integer(weight, what="weight")
     if weight is not None and parameters.max_weight is not None and not 0 <= weight <= parameters.max_weight:
         # The weight itself is private to the site; say which side it is on.
         side = "below 0" if weight < 0 else f"above {parameters.max_weight}"

@@ -7,7 +7,9 @@ around.  A lane for which no such width exists is refused when it is built; noth
 import math
 import re
 from dataclasses import dataclass
-from typing import Final
+from numbers import Real
+from operator import index
+from typing import Final, SupportsIndex
 
 import numpy as np
 import numpy.typing as npt
@@ -25,6 +27,14 @@ Words = npt.NDArray[np.unsignedinteger]
 _NAME = re.compile(r"[a-z][a-z0-9._-]{0,63}(?:/clipped)?")
 
 
+def integer(value: SupportsIndex, *, what: str) -> int:
+    """``value`` as a Python integer, also from numpy's; ParameterError naming ``what`` for anything else."""
+    # A numpy integer kept as it is would wrap around in the arithmetic that rules out wrapping.
+    if isinstance(value, bool) or not hasattr(type(value), "__index__"):
+        raise ParameterError(f"{what}: found {value!r}, expected an integer")
+    return index(value)
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class FixedPoint:
     """Real values in [-value_range, value_range] as integers of ``value_bits`` bits, stochastically rounded.
@@ -38,8 +48,10 @@ class FixedPoint:
     clip: bool = False
 
     def __post_init__(self) -> None:
-        if not (math.isfinite(self.value_range) and self.value_range > 0):
-            raise ParameterError(f"value_range: found {self.value_range}, expected a finite number above 0")
+        found: object = self.value_range
+        if not isinstance(found, Real) or not (math.isfinite(found) and found > 0):
+            raise ParameterError(f"value_range: found {found!r}, expected a finite number above 0")
+        object.__setattr__(self, "value_bits", integer(self.value_bits, what="value_bits"))
         if not 2 <= self.value_bits <= 32:
             raise ParameterError(f"value_bits: found {self.value_bits}, expected 2 to 32")
 
@@ -61,6 +73,7 @@ class Counts:
     maximum: int
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "maximum", integer(self.maximum, what="counts, maximum"))
         if not 1 <= self.maximum < 1 << 62:
             raise ParameterError(f"counts: found a maximum of {self.maximum}, expected 1 to 2^62 - 1")
 
@@ -82,6 +95,7 @@ class Lane:
     def __post_init__(self) -> None:
         if not _NAME.fullmatch(self.name):
             raise ParameterError(f"lane name {self.name!r}: expected a-z followed by up to 63 of a-z 0-9 . _ -")
+        object.__setattr__(self, "length", integer(self.length, what=f"lane {self.name}, length"))
         if not 1 <= self.length < 1 << 40:
             raise ParameterError(f"lane {self.name}: found length {self.length}, expected 1 to 2^40 - 1")
         if not MINIMUM_RING_BITS <= self.minimum_ring_bits <= MAXIMUM_RING_BITS:

@@ -21,7 +21,7 @@ from typing import Final, Self
 from secureagg import labels
 from secureagg.errors import ParameterError
 from secureagg.identity import Roster, SiteId
-from secureagg.lanes import CANARY, CLIPPED, WEIGHT, Counts, FixedPoint, Lane, RingLane
+from secureagg.lanes import CANARY, CLIPPED, WEIGHT, Counts, FixedPoint, Lane, RingLane, integer
 
 MINIMUM_COHORT: Final = 3
 MAXIMUM_COHORT: Final = 1000  # on the complete graph, whose shares grow with the square of the cohort
@@ -112,9 +112,11 @@ class RoundParameters:
         if strangers := [site for site in names if site not in roster]:
             raise ParameterError(f"cohort: {', '.join(strangers)} not in the roster of {len(roster)} sites")
         n = len(names)
-        t = default_threshold(n) if threshold is None else threshold
-        c = max(0, largest_max_corrupt(n, t)) if max_corrupt is None else max_corrupt
-        h = max(t, c + 2) if minimum_survivors is None else minimum_survivors
+        t = default_threshold(n) if threshold is None else integer(threshold, what="threshold")
+        c = max(0, largest_max_corrupt(n, t)) if max_corrupt is None else integer(max_corrupt, what="max_corrupt")
+        h = max(t, c + 2) if minimum_survivors is None else integer(minimum_survivors, what="minimum_survivors")
+        round_number = integer(round_number, what="round number")
+        max_weight = None if max_weight is None else integer(max_weight, what="max_weight")
         check_thresholds(cohort_size=n, threshold=t, max_corrupt=c, minimum_survivors=h)
         if not 1 <= round_number < 1 << 63:
             raise ParameterError(f"round number: found {round_number}, expected 1 or more")

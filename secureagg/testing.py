@@ -15,7 +15,7 @@ from secureagg.coordinator import Coordinator, Outbound
 from secureagg.encoding import EncodedInput, encode_input
 from secureagg.errors import ParameterError, RoundReplayed, ShapeMismatch
 from secureagg.identity import Card, Entropy, Identity, Roster, SiteId, site_id
-from secureagg.lanes import FixedPoint, Lane
+from secureagg.lanes import FixedPoint, Lane, integer
 from secureagg.messages import ToCoordinator
 from secureagg.parameters import RoundParameters
 from secureagg.participant import Participant
@@ -115,8 +115,9 @@ def run_round(
     shapes = {vector.shape for vector in vectors.values()}
     if len(shapes) > 1 or any(len(shape) != 1 for shape in shapes):
         raise ShapeMismatch(f"updates: found shapes {sorted(shapes)}, expected 1-D arrays of one length")
-    if weights is not None and max_weight is None:
-        max_weight = max(1, *weights.values())
+    if weights is not None:
+        weights = {name: integer(weight, what=f"weight of {name}") for name, weight in weights.items()}
+        max_weight = max(1, *weights.values()) if max_weight is None else max_weight
 
     identities = {site: Identity.generate(entropy) for site in sites}
     roster = Roster(Card.issue(site, identities[site], entropy(32)) for site in sites)

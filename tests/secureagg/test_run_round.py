@@ -48,6 +48,18 @@ def test_same_entropy_same_round() -> None:
     assert run_round(UPDATES, value_range=1.0).transcript != one.transcript
 
 
+def test_numbers_of_numpy_are_numbers() -> None:
+    """Weights and ranges that are numpy scalars work like Python's, with the same bytes."""
+    plain = {"value_range": 1.0, "value_bits": 12, "weights": {"a": 1, "b": 2, "c": 3, "d": 4}}
+    numpy = {
+        "value_range": np.float64(1.0),
+        "value_bits": np.int64(12),
+        "weights": {name: np.uint8(weight) for name, weight in plain["weights"].items()},
+    }
+    one, other = (run_round(UPDATES, **kind, entropy=CountingEntropy(2)) for kind in (plain, numpy))
+    assert one.transcript == other.transcript
+
+
 def test_the_transcript_has_what_the_coordinator_received() -> None:
     """Five messages per site, and the bytes add up."""
     outcome = run_round(UPDATES, value_range=1.0)
@@ -104,6 +116,14 @@ def test_masked_inputs_look_uniform() -> None:
         ({"threshold": 1}, ParameterError, r"2t = 2 x 1 = 2, expected above n \+ c = 3 \+ 0"),
         ({"max_corrupt": 3}, ParameterError, "2t = "),
         ({"minimum_survivors": 4}, ParameterError, "at most the cohort size 3"),
+        ({"weights": {"a": 1, "b": 1.5, "c": 1}}, ParameterError, "weight of b: found 1.5, expected an integer"),
+        ({"weights": {"a": 1, "b": True, "c": 1}}, ParameterError, "weight of b: found True, expected an integer"),
+        ({"weights": {"a": 1, "b": 1, "c": "1"}}, ParameterError, "weight of c: found '1', expected an integer"),
+        ({"weights": {"a": 1, "b": 1, "c": 1}, "max_weight": 2.0}, ParameterError, "max_weight: found 2.0"),
+        ({"threshold": 3.0}, ParameterError, "threshold: found 3.0, expected an integer"),
+        ({"value_bits": 16.0}, ParameterError, "value_bits: found 16.0, expected an integer"),
+        ({"value_range": "1"}, ParameterError, "value_range: found '1'"),
+        ({"value_range": -1.0}, ParameterError, "value_range: found -1.0"),
         ({"backend": "clear"}, ParameterError, "backend: found 'clear', expected one of masked"),
     ],
 )
