@@ -49,7 +49,7 @@ class FixedPoint:
 
     def __post_init__(self) -> None:
         found: object = self.value_range
-        if not isinstance(found, Real) or not (math.isfinite(found) and found > 0):
+        if not isinstance(found, Real) or not 0 < float(found) < math.inf:
             raise ParameterError(f"value_range: found {found!r}, expected a finite number above 0")
         object.__setattr__(self, "value_bits", integer(self.value_bits, what="value_bits"))
         if not 2 <= self.value_bits <= 32:
