@@ -18,6 +18,7 @@ import numpy as np
 from secureagg import labels
 from secureagg.agreement import KeyPair, pairwise_mask_key, self_mask_key
 from secureagg.codec import check_signature, encode
+from secureagg.commitments import COMMITMENTS_BYTES, check_share_commitments, seed_commitment
 from secureagg.encoding import decode_total
 from secureagg.errors import (
     AuthenticationFailed,
@@ -50,7 +51,7 @@ from secureagg.messages import (
 )
 from secureagg.packing import unpack
 from secureagg.parameters import DIGEST_BYTES, RoundParameters
-from secureagg.participant import input_digest, seed_commitment
+from secureagg.participant import input_digest
 from secureagg.phases import (
     Aborted,
     AdvertisingKeys,
@@ -60,6 +61,7 @@ from secureagg.phases import (
     CollectingPhase,
     CoordinatorFinished,
     CoordinatorPhase,
+    Dealing,
     SharingKeys,
     Unmasking,
 )
@@ -97,8 +99,8 @@ class Coordinator:
                 asked: Iterable[SiteId] = self._parameters.cohort
             case SharingKeys(advertisements=advertisements):
                 asked = advertisements
-            case CollectingMaskedInputs(commitments=commitments):
-                asked = commitments
+            case CollectingMaskedInputs(dealings=dealings):
+                asked = dealings
             case CheckingConsistency(survivors=survivors):
                 asked = (site for site, _ in survivors.survivors)
             case Unmasking(signers=signers):
@@ -163,6 +165,12 @@ class Coordinator:
             )
         if len(message.commitment) != DIGEST_BYTES:
             raise MalformedMessage(f"{who}: a commitment of {len(message.commitment)} bytes, expected {DIGEST_BYTES}")
+        committed = named(message.share_commitments, who=who)
+        if committed.keys() != phase.advertisements.keys() or {*map(len, committed.values())} != {COMMITMENTS_BYTES}:
+            raise MalformedMessage(
+                f"{who}: share commitments for {len(committed)} holders, expected {COMMITMENTS_BYTES} bytes for each "
+                f"of {len(phase.advertisements)}"
+            )
         phase.received[message.sender] = message
 
     def _collect_input(self, phase: CollectingMaskedInputs, message: MaskedInput, who: str) -> None:
@@ -189,15 +197,25 @@ class Coordinator:
 
     def _collect_unmask_shares(self, phase: Unmasking, message: UnmaskShares, who: str) -> None:
         survivors = {site for site, _ in phase.survivors.survivors}
-        for what, found, expected in (
-            ("self-seed", message.self_seed_shares, survivors),
-            ("mask-key", message.mask_key_shares, phase.commitments.keys() - survivors),
+        for kind, found, expected in (
+            ("self_seed", message.self_seed_shares, survivors),
+            ("mask_key", message.mask_key_shares, phase.dealings.keys() - survivors),
         ):
+            what = f"{who}: {kind.replace('_', '-')} share"
             shares = named(found, who=who)
             if shares.keys() != expected:
-                raise MalformedMessage(f"{who}: {what} shares of {len(shares)} sites, expected {len(expected)}")
-            for site, value in shares.items():
-                check_share(value, who=f"{who}: {what} share of {site}")
+                raise MalformedMessage(f"{what}s of {len(shares)} sites, expected {len(expected)}")
+            for owner, value in shares.items():
+                check_share(value, who=f"{what} of {owner}")
+                # Stops a bad share from spoiling the round: it is refused here, and its sender is known.
+                check_share_commitments(
+                    self._parameters,
+                    phase.dealings[owner].share_commitments[message.sender],
+                    owner=owner,
+                    holder=message.sender,
+                    who=f"{what} of {owner}",
+                    **{kind: value},
+                )
         phase.received[message.sender] = message
 
     # --- ending a phase: go on with those who answered ---
@@ -227,11 +245,15 @@ class Coordinator:
                 return SharingKeys(advertisements), self._to(received, keys)
             case SharingKeys():
                 delivered = {site: dict(phase.received[site].ciphertexts) for site in received}
+                committed = {site: dict(phase.received[site].share_commitments) for site in received}
                 outbound = [
                     Outbound(
                         site,
                         ShareDelivery(
                             context=context,
+                            share_commitments=tuple(
+                                (sender, committed[sender][site]) for sender in received if sender != site
+                            ),
                             ciphertexts=tuple(
                                 (sender, delivered[sender][site]) for sender in received if sender != site
                             ),
@@ -240,16 +262,16 @@ class Coordinator:
                     for site in received
                 ]
                 return self._collecting(phase), outbound
-            case CollectingMaskedInputs(mask_keys=mask_keys, commitments=commitments, sums=sums):
+            case CollectingMaskedInputs(dealings=dealings, sums=sums):
                 survivors = SurvivorList(
                     context=context, survivors=tuple((site, phase.received[site]) for site in received)
                 )
-                return CheckingConsistency(mask_keys, commitments, sums, survivors), self._to(received, survivors)
-            case CheckingConsistency(mask_keys=mask_keys, commitments=commitments, sums=sums, survivors=survivors):
+                return CheckingConsistency(dealings, sums, survivors), self._to(received, survivors)
+            case CheckingConsistency(dealings=dealings, sums=sums, survivors=survivors):
                 request = UnmaskRequest(
                     context=context, list_signatures=tuple((site, phase.received[site]) for site in received)
                 )
-                unmasking = Unmasking(mask_keys, commitments, sums, survivors, frozenset(received))
+                unmasking = Unmasking(dealings, sums, survivors, frozenset(received))
                 return unmasking, self._to(received, request)
             case Unmasking():
                 aggregate = self._unmask(phase)
@@ -263,8 +285,10 @@ class Coordinator:
 
     def _collecting(self, phase: SharingKeys) -> CollectingMaskedInputs:
         return CollectingMaskedInputs(
-            mask_keys={site: phase.advertisements[site].mask_key for site in phase.received},
-            commitments={site: message.commitment for site, message in phase.received.items()},
+            dealings={
+                site: Dealing(phase.advertisements[site].mask_key, message.commitment, dict(message.share_commitments))
+                for site, message in phase.received.items()
+            },
             sums={name: np.zeros(lane.lane.length, lane.word) for name, lane in self._parameters.lanes.items()},
         )
 
@@ -273,7 +297,7 @@ class Coordinator:
         holds."""
         parameters = self._parameters
         survivors = tuple(site for site, _ in phase.survivors.survivors)
-        dropouts = sorted(phase.commitments.keys() - set(survivors))
+        dropouts = sorted(phase.dealings.keys() - set(survivors))
         # Every secret is reconstructed from the same holders, so one set of coefficients serves all.
         holders = sorted(phase.received)[: parameters.threshold]
         coefficients = lagrange_coefficients([parameters.positions[holder] for holder in holders])
@@ -285,17 +309,21 @@ class Coordinator:
         seeds: dict[SiteId, bytes] = {}
         for site in survivors:
             who = f"self seed of {site}, from the shares of {', '.join(holders)}"
-            seeds[site] = reconstruct({at: shares[site] for at, shares in seed_shares.items()}, coefficients, who=who)
-            # Stops a bad share from turning into a wrong sum.
-            if seed_commitment(parameters, site, seeds[site]) != phase.commitments[site]:
-                raise AuthenticationFailed(f"{who}: not the seed that the site committed to")
+            shares_of_seed = {at: shares[site] for at, shares in seed_shares.items()}
+            seeds[site] = reconstruct(shares_of_seed, coefficients, owner=site, who=who)
+            # Stops a site that dealt shares of another seed from turning the sum into a wrong one.
+            if seed_commitment(parameters, site, seeds[site]) != phase.dealings[site].seed_commitment:
+                raise AuthenticationFailed(f"{who}: not the seed that it committed to", blamed=site)
         secrets: dict[SiteId, dict[SiteId, bytes]] = {}
         for site in dropouts:
             who = f"mask key of {site}, from the shares of {', '.join(holders)}"
-            key = KeyPair(reconstruct({at: shares[site] for at, shares in key_shares.items()}, coefficients, who=who))
-            if key.public != phase.mask_keys[site]:
-                raise AuthenticationFailed(f"{who}: not the key that the site advertised")
-            secrets[site] = {peer: key.agree(phase.mask_keys[peer], who=f"mask key of {peer}") for peer in survivors}
+            shares_of_key = {at: shares[site] for at, shares in key_shares.items()}
+            key = KeyPair(reconstruct(shares_of_key, coefficients, owner=site, who=who))
+            if key.public != phase.dealings[site].mask_key:
+                raise AuthenticationFailed(f"{who}: not the key that it advertised", blamed=site)
+            secrets[site] = {
+                peer: key.agree(phase.dealings[peer].mask_key, who=f"mask key of {peer}") for peer in survivors
+            }
 
         totals, means = {}, {}
         for name, ring_lane in parameters.lanes.items():

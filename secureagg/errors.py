@@ -70,9 +70,16 @@ class DuplicateMessage(RemoteProtocolError):
 
 
 class AuthenticationFailed(RemoteProtocolError):
-    """A signature, ciphertext, key or commitment does not verify under this round's context."""
+    """A signature, ciphertext, key or commitment does not verify under this round's context.
+
+    ``blamed``: the site whose own signed messages prove it, where they do.
+    """
 
     code = "authentication-failed"
+
+    def __init__(self, message: str, *, blamed: str | None = None) -> None:
+        super().__init__(message)
+        self.blamed = blamed
 
 
 class InconsistentSurvivors(RemoteProtocolError):

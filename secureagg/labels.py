@@ -19,6 +19,8 @@ SHARE: Final = VERSION + b"/share"
 PAIRWISE_MASK: Final = VERSION + b"/pairwise-mask"
 SELF_MASK: Final = VERSION + b"/self-mask"
 SEED_COMMITMENT: Final = VERSION + b"/seed-commitment"
+MASK_KEY_SHARE: Final = VERSION + b"/mask-key-share"
+SELF_SEED_SHARE: Final = VERSION + b"/self-seed-share"
 AGGREGATE: Final = VERSION + b"/aggregate"
 
 

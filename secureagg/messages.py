@@ -43,16 +43,18 @@ class CohortKeys(Message, frozen=True, tag="cohort-keys", array_like=True, kw_on
 
 
 class EncryptedShares(SiteMessage, frozen=True, tag="encrypted-shares", array_like=True, kw_only=True):
-    """Message 1: for each peer, the sealed shares of the mask secret key and of the self seed; the seed's
-    commitment."""
+    """Message 1: for each peer, the sealed shares of the mask secret key and of the self seed; commitments to the seed
+    and, for each peer and the sender itself, to its shares (64 bytes)."""
 
     commitment: bytes
+    share_commitments: Named
     ciphertexts: Named
 
 
 class ShareDelivery(Message, frozen=True, tag="share-delivery", array_like=True, kw_only=True):
-    """The coordinator relays to one site what each other sharer sealed for it."""
+    """The coordinator relays to one site what each other sharer sealed for it, and the sharer's commitments to it."""
 
+    share_commitments: Named
     ciphertexts: Named
 
 

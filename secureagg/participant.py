@@ -17,6 +17,7 @@ from typing import Any, Final, Protocol, TypeVar
 from secureagg import labels
 from secureagg.agreement import KeyPair, open_shares, seal_shares
 from secureagg.codec import check_signature, encode, sign
+from secureagg.commitments import check_share_commitments, seed_commitment, share_commitments
 from secureagg.encoding import EncodedInput
 from secureagg.errors import (
     AuthenticationFailed,
@@ -212,17 +213,29 @@ class Participant:
             share(secret, threshold=parameters.threshold, positions=positions, entropy=self._entropy)
             for secret in (phase.mask_key.secret_bytes(), self_seed)
         )
-        ciphertexts = []
-        for peer in peers:
-            position = parameters.positions[peer]
-            shares = mask_key_shares[position] + seed_shares[position]
-            sealed = seal_shares(parameters, channel_secrets[peer], shares, sender=self._site, recipient=peer)
-            ciphertexts.append((peer, sealed))
+        ciphertexts, commitments = [], []
+        for holder in sorted(advertisements):
+            position = parameters.positions[holder]
+            mask_key_share, seed_share = mask_key_shares[position], seed_shares[position]
+            committed = share_commitments(
+                parameters, owner=self._site, holder=holder, mask_key=mask_key_share, self_seed=seed_share
+            )
+            commitments.append((holder, committed))
+            if holder != self._site:
+                sealed = seal_shares(
+                    parameters,
+                    channel_secrets[holder],
+                    mask_key_share + seed_share,
+                    sender=self._site,
+                    recipient=holder,
+                )
+                ciphertexts.append((holder, sealed))
         own = parameters.positions[self._site]
         reply = EncryptedShares(
             context=parameters.context,
             sender=self._site,
             commitment=seed_commitment(parameters, self._site, self_seed),
+            share_commitments=tuple(commitments),
             ciphertexts=tuple(ciphertexts),
         )
         own_shares = HeldShares(mask_key_shares[own], seed_shares[own])
@@ -231,6 +244,9 @@ class Participant:
     def _take_shares(self, phase: AwaitingShares, message: ShareDelivery) -> _Step:
         """Open every peer's shares; whoever sent none has dropped out and gets no pairwise mask."""
         delivered = named(message.ciphertexts, who=self._who("share delivery"))
+        committed = named(message.share_commitments, who=self._who("share commitments"))
+        if committed.keys() != delivered.keys():
+            raise MalformedMessage(self._who(f"commitments of {len(committed)} sharers, expected {len(delivered)}"))
         self._need(len(delivered) + 1, "sharers")
         held = {self._site: phase.own_shares}
         for sender, sealed in delivered.items():
@@ -246,6 +262,16 @@ class Participant:
             held[sender] = HeldShares(shares[:SHARE_BYTES], shares[SHARE_BYTES:])
             for value in (held[sender].mask_key, held[sender].self_seed):
                 check_share(value, who=self._who(f"share of {sender}"))
+            # Stops a site that deals one share and commits to another, to have this site blamed for it.
+            check_share_commitments(
+                self._parameters,
+                committed[sender],
+                owner=sender,
+                holder=self._site,
+                mask_key=held[sender].mask_key,
+                self_seed=held[sender].self_seed,
+                who=self._who(f"share of {sender}"),
+            )
         mask_secrets = {peer: phase.mask_secrets[peer] for peer in delivered}
         return AwaitingInput(mask_secrets, phase.self_seed, MappingProxyType(held)), []
 
@@ -360,11 +386,6 @@ class Participant:
 
     def _who(self, found: str) -> str:
         return f"participant {self._site}, {self._name()}, from the coordinator: {found}"
-
-
-def seed_commitment(parameters: RoundParameters, site: SiteId, seed: bytes) -> bytes:
-    """SHA-256 commitment to a self seed; the seed's 256 random bits hide it."""
-    return sha256(labels.frame(labels.SEED_COMMITMENT, parameters.context, site.encode(), seed)).digest()
 
 
 def input_digest(chunk_digests: tuple[bytes, ...]) -> bytes:

@@ -136,11 +136,20 @@ class SharingKeys:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
+class Dealing:
+    """What one sharer is held to: its advertised mask key, its commitments to its self seed and to each holder's
+    shares."""
+
+    mask_key: bytes
+    seed_commitment: bytes
+    share_commitments: Mapping[SiteId, bytes]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
 class CollectingMaskedInputs:
     """Collects masked inputs of the sharers: lane -> running sum; ``received``: digest of each input summed so far."""
 
-    mask_keys: Mapping[SiteId, bytes]
-    commitments: Mapping[SiteId, bytes]
+    dealings: Mapping[SiteId, Dealing]
     sums: Mapping[str, Words] = field(repr=False)
     received: dict[SiteId, bytes] = field(default_factory=dict)
 
@@ -149,8 +158,7 @@ class CollectingMaskedInputs:
 class CheckingConsistency:
     """Collects the survivors' signatures on their list."""
 
-    mask_keys: Mapping[SiteId, bytes]
-    commitments: Mapping[SiteId, bytes]
+    dealings: Mapping[SiteId, Dealing]
     sums: Mapping[str, Words] = field(repr=False)
     survivors: SurvivorList
     received: dict[SiteId, bytes] = field(default_factory=dict)
@@ -160,8 +168,7 @@ class CheckingConsistency:
 class Unmasking:
     """Collects shares from those who signed."""
 
-    mask_keys: Mapping[SiteId, bytes]
-    commitments: Mapping[SiteId, bytes]
+    dealings: Mapping[SiteId, Dealing]
     sums: Mapping[str, Words] = field(repr=False)
     survivors: SurvivorList
     signers: frozenset[SiteId]

@@ -42,17 +42,17 @@ def lagrange_coefficients(positions: Sequence[int]) -> dict[int, int]:
     return coefficients
 
 
-def reconstruct(shares: Mapping[int, bytes], coefficients: Mapping[int, int], *, who: str) -> bytes:
+def reconstruct(shares: Mapping[int, bytes], coefficients: Mapping[int, int], *, owner: str, who: str) -> bytes:
     """The 32-byte secret of ``shares`` (position -> share), at exactly the positions of ``coefficients``.
 
-    Raises AuthenticationFailed naming ``who`` if the shares fit no 32-byte secret; that they fit the right one is for
-    the caller to check against a public key or a commitment.
+    Raises AuthenticationFailed naming ``who``, and blaming the ``owner`` who dealt them, if the shares fit no 32-byte
+    secret; that they fit the right one is for the caller to check against a public key or a commitment.
     """
     total = (
         sum(int.from_bytes(shares[position], "little") * factor for position, factor in coefficients.items()) % PRIME
     )
     if total >= 1 << (8 * SECRET_BYTES):
-        raise AuthenticationFailed(f"{who}: the shares do not fit a {SECRET_BYTES}-byte secret")
+        raise AuthenticationFailed(f"{who}: the shares do not fit a {SECRET_BYTES}-byte secret", blamed=owner)
     return total.to_bytes(SECRET_BYTES, "little")
 
 

@@ -15,6 +15,7 @@ from secureagg import MalformedMessage
 CONTROL: Final = b"C"
 ROUND: Final = b"R"
 HEADER_BYTES: Final = 1 << 20
+MANIFEST_DIFFERS: Final = "manifest-differs"
 
 Purpose = Literal["train", "evaluate"]
 

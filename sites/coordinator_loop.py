@@ -14,7 +14,15 @@ from typing import Final
 
 import msgspec
 
-from secureagg import Aggregate, Coordinator, Outbound, RemoteProtocolError, SiteId
+from secureagg import (
+    Aggregate,
+    AuthenticationFailed,
+    Coordinator,
+    MalformedMessage,
+    Outbound,
+    RemoteProtocolError,
+    SiteId,
+)
 from secureagg import codec as round_codec
 from secureagg.lanes import WEIGHT
 from secureagg.messages import MaskedInput
@@ -38,7 +46,8 @@ FAILURES_IN_A_ROW: Final = 3
 class RoundRecord:
     """What happened in one round, as far as the coordinator can know; one line of its log, filled in as it goes.
 
-    ``dropped``: site -> phase in which it was given up; ``refused``: error codes of refused messages per site;
+    ``dropped``: site -> phase in which it was given up; ``refused``: site -> error codes of what it sent and was refused for, or
+    is to blame for;
     ``seconds``: phase -> wall time; ``masked_sample``: site -> first bytes of its masked input, in hexadecimal;
     ``examples``: the survivors' summed weight; ``metrics``: of the model that the round started from; ``error``: code
     of the error that ended it, or empty.
@@ -89,6 +98,7 @@ class CoordinatorLoop:
         self._notify = notify
         self._run = secrets.token_hex(8)
         self._present: set[SiteId] = set()
+        self._excluded: dict[SiteId, str] = {}  # for the rest of the run: site -> code of the error that proves it
         self._roster = manifest.roster
 
     def run(self) -> list[RoundRecord]:
@@ -164,9 +174,11 @@ class CoordinatorLoop:
             return message
         if message.manifest_digest != self._manifest.digest:
             self._notify(f"{site} holds another manifest than the coordinator; it was told so")
-            self._send(site, control.encode(Refused(code="manifest-differs")))
+            self._send(site, control.encode(Refused(code=control.MANIFEST_DIFFERS)))
             return None
-        if site not in self._present:
+        if site in self._excluded:
+            self._send(site, control.encode(Refused(code=self._excluded[site])))
+        elif site not in self._present:
             self._present.add(site)
             self._notify(f"{site} is present ({len(self._present)} of {len(self._roster)})")
         return None
@@ -207,8 +219,12 @@ class CoordinatorLoop:
             record.examples = int(totals[WEIGHT][0]) if WEIGHT in totals else None
             return record, aggregate
         if isinstance(machine.phase, Aborted):
-            record.error = machine.phase.error.code
-            self._notify(str(machine.phase.error))
+            error = machine.phase.error
+            record.error = error.code
+            self._notify(str(error))
+            if isinstance(error, AuthenticationFailed) and error.blamed is not None:
+                record.refused.setdefault(error.blamed, []).append(error.code)
+                self._exclude(SiteId(error.blamed), error.code)
         return record, None
 
     def _drive(self, machine: Coordinator, record: RoundRecord) -> None:
@@ -246,9 +262,13 @@ class CoordinatorLoop:
             message = round_codec.decode_from_site(delivery.frames[1:])
             outbound = machine.receive(message, sender=site)
         except RemoteProtocolError as error:
-            # One bad message does not end the round for the others; the site is still expected until the deadline.
-            record.refused.setdefault(site, []).append(error.code)
+            # One bad message does not end the round for the others.
             self._notify(f"refused: {error}")
+            record.refused.setdefault(site, []).append(error.code)
+            # A late message of an earlier round is nobody's fault; bytes that are none, or that do not verify, are.
+            if isinstance(error, AuthenticationFailed | MalformedMessage):
+                self._exclude(site, error.code)
+                self._give_up(machine, record, [site])
             return
         if isinstance(message, MaskedInput):
             record.masked_sample[site] = message.chunks[0][:SAMPLE_BYTES].hex()
@@ -272,6 +292,13 @@ class CoordinatorLoop:
         if not isinstance(machine.phase, CoordinatorFinished | Aborted):
             for site in sites:
                 record.dropped.setdefault(site, type(machine.phase).__name__)
+
+    def _exclude(self, site: SiteId, code: str) -> None:
+        """Take ``site``, whose own messages prove that it misbehaved, into no further round, and tell it so."""
+        self._present.discard(site)
+        self._excluded[site] = code
+        self._notify(f"{site} is excluded from this run ({code})")
+        self._send(site, control.encode(Refused(code=code)))
 
     # --- output ---
 

@@ -342,10 +342,10 @@ class _Session:
                     self._changed.notify_all()
                 self._stop.set()
             case Refused(code=code):
+                hint = f"; this site holds the one with digest {self.site.manifest.digest.hex()[:16]}..."
                 raise FederationFailed(
                     f"coordinator at {self.site.manifest.coordinator.address}: it refuses site {self.site.name} "
-                    f"({code}); "
-                    f"expected the manifest with digest {self.site.manifest.digest.hex()[:16]}..."
+                    f"({code}){hint if code == control.MANIFEST_DIFFERS else ''}"
                 )
 
     def _begin(self, start: StartRound) -> None:

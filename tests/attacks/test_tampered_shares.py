@@ -91,7 +91,8 @@ def test_withheld_from_one_site() -> None:
     """Withholding so many that the sum would shrink below the minimum is refused.  Stopped by ``Participant._need``."""
     stopped, messages = delivered()
     message = messages[stopped.sites[0]]
-    refuse(stopped, replace(message, ciphertexts=message.ciphertexts[:1]), ThresholdNotMet, "2 sharers, expected")
+    withheld = replace(message, ciphertexts=message.ciphertexts[:1], share_commitments=message.share_commitments[:1])
+    refuse(stopped, withheld, ThresholdNotMet, "2 sharers, expected")
 
 
 def test_of_a_site_that_never_advertised() -> None:
@@ -101,8 +102,24 @@ def test_of_a_site_that_never_advertised() -> None:
     """
     stopped, messages = delivered()
     message = messages[stopped.sites[0]]
-    extra = (*message.ciphertexts, ("zzz", b"x"))
-    refuse(stopped, replace(message, ciphertexts=extra), UnexpectedMessage, "zzz, who advertised no keys")
+    extra = {field: (*getattr(message, field), ("zzz", b"x")) for field in ("ciphertexts", "share_commitments")}
+    refuse(stopped, replace(message, **extra), UnexpectedMessage, "zzz, who advertised no keys")
+
+
+@pytest.mark.parametrize("change", ["missing", "swapped"])
+def test_with_other_commitments(change: str) -> None:
+    """A site that is shown other commitments than its peers made, to be blamed later, refuses.
+
+    Stopped by ``check_share_commitments`` in ``Participant._take_shares``.
+    """
+    stopped, messages = delivered()
+    message = messages[stopped.sites[0]]
+    (b, of_b), (c, of_c), last = message.share_commitments
+    if change == "missing":
+        refuse(stopped, replace(message, share_commitments=(last,)), MalformedMessage, "commitments of 1 sharers")
+    else:
+        swapped = replace(message, share_commitments=((b, of_c), (c, of_b), last))
+        refuse(stopped, swapped, AuthenticationFailed, "not the share that site-001 committed to for site-000")
 
 
 @pytest.mark.parametrize(

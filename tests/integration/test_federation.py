@@ -7,7 +7,7 @@ import msgspec
 import numpy as np
 import pytest
 import torch
-from support.federation import QUICK, Together, expected_model, moving, step_of
+from support.federation import QUICK, Tampering, Together, expected_model, moving, step_of
 
 from secureagg import ParameterError, ShapeMismatch, ValueOutOfRange
 from secureagg.messages import (
@@ -336,3 +336,33 @@ def test_manifest_of_the_run_is_checked_before_anything_is_sent(tmp_path) -> Non
     assert Manifest.load(together.consortium.manifest_path).digest == manifest.digest
     with pytest.raises(Exception, match="not signed by a, expected all 4 sites"):
         open_site(together.consortium.site_configs["b"])
+
+
+def wrong_share(message: ToCoordinator) -> ToCoordinator | None:
+    """A share that is a field element, but not the one that was dealt."""
+    if not isinstance(message, UnmaskShares):
+        return None
+    (first, _), *others = message.self_seed_shares
+    return msgspec.structs.replace(message, self_seed_shares=((first, bytes(33)), *others))
+
+
+def wrong_commitment(message: ToCoordinator) -> ToCoordinator | None:
+    """A commitment to another seed than the one that is shared."""
+    return msgspec.structs.replace(message, commitment=bytes(32)) if isinstance(message, EncryptedShares) else None
+
+
+@pytest.mark.parametrize(("change", "released"), [(wrong_share, True), (wrong_commitment, False)])
+def test_a_site_that_misbehaves(tmp_path, change, released: bool) -> None:
+    """A site whose own messages prove a wrong share or commitment is blamed in the record, told so, and excluded; with a
+    wrong share even that round is released, in both cases the next ones are."""
+    together = Together(tmp_path, rounds=3, wrap={"d": lambda real, site: Tampering(real, site, change)}).run()
+    assert together.failure is None
+    assert "refuses site d (authentication-failed)" in str(together.errors["d"])
+    assert together.errors.keys() == {"d"}
+    first, *later = together.records
+    assert first.refused == {"d": ["authentication-failed"]}
+    assert "".join(first.survivors) == ("abcd" if released else "")
+    assert first.error == ("" if released else "authentication-failed")
+    assert ["".join(record.survivors) for record in later] == ["abc"] * 3
+    assert all(record.refused == {} for record in later)
+    assert sum(together.records[0].seconds.values()) < 1.0  # nobody waited for a deadline

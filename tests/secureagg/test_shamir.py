@@ -30,7 +30,7 @@ def test_any_threshold_of_shares_gives_the_secret(secret: bytes, threshold: int,
     for size in (threshold, threshold + more):
         for holders in combinations(positions, size):
             coefficients = lagrange_coefficients(holders)
-            assert reconstruct({at: shares[at] for at in holders}, coefficients, who="x") == secret
+            assert reconstruct({at: shares[at] for at in holders}, coefficients, owner="b", who="x") == secret
 
 
 def test_fewer_shares_fit_every_secret() -> None:
@@ -43,7 +43,7 @@ def test_fewer_shares_fit_every_secret() -> None:
             sum(value * prod_ratio(at, points, 4) for at, value in points.items()) % PRIME
         )  # the polynomial through (0, other) and the two shares, at position 4
         forged = {2: shares[2], 5: shares[5], 4: fourth.to_bytes(SHARE_BYTES, "little")}
-        rebuilt = reconstruct(forged, lagrange_coefficients((2, 4, 5)), who="x")
+        rebuilt = reconstruct(forged, lagrange_coefficients((2, 4, 5)), owner="b", who="x")
         assert int.from_bytes(rebuilt, "little") == other
 
 
@@ -76,10 +76,11 @@ def test_a_wrong_share_is_noticed_or_gives_another_secret() -> None:
     # chosen so that the interpolated value is exactly PRIME - 1, which no 32-byte secret has
     first = int.from_bytes(shares[1], "little")
     second = (top - first * coefficients[1]) * pow(coefficients[2], -1, PRIME) % PRIME
-    with pytest.raises(AuthenticationFailed, match="seed of b"):
-        reconstruct({1: shares[1], 2: second.to_bytes(33, "little")}, coefficients, who="seed of b")
+    with pytest.raises(AuthenticationFailed, match="seed of b") as caught:
+        reconstruct({1: shares[1], 2: second.to_bytes(33, "little")}, coefficients, owner="b", who="seed of b")
+    assert caught.value.blamed == "b"
     with_error = {1: shares[1], 2: ((int.from_bytes(shares[2], "little") + 1) % PRIME).to_bytes(33, "little")}
-    assert reconstruct(with_error, coefficients, who="x") != b"s" * 32
+    assert reconstruct(with_error, coefficients, owner="b", who="x") != b"s" * 32
 
 
 @pytest.mark.parametrize("value", [b"", bytes(32), bytes(34), PRIME.to_bytes(33, "little"), b"\xff" * 33])

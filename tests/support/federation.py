@@ -13,7 +13,7 @@ from safetensors.torch import save
 from secureagg import codec
 from secureagg.messages import ToCoordinator
 from sites import control
-from sites.config import open_site
+from sites.config import OpenSite, open_site
 from sites.coordinator_loop import CoordinatorLoop, RoundRecord
 from sites.demo import free_port
 from sites.participant_loop import Evaluate, Federation, RoundResult
@@ -77,6 +77,26 @@ class SilentFrom:
         return getattr(self._endpoint, name)
 
 
+class Tampering:
+    """An endpoint of a site that means harm: it changes its own messages before they leave, and signs them rightly."""
+
+    def __init__(
+        self, endpoint: Endpoint, site: OpenSite, change: Callable[[ToCoordinator], ToCoordinator | None]
+    ) -> None:
+        self._endpoint, self._site, self._change = endpoint, site, change
+
+    def send(self, peer: PeerId, frames: Sequence[bytes]) -> None:
+        """Send what the change makes of a message of the round; None leaves it as it is."""
+        if frames[0] == control.ROUND:
+            message = codec.decode_from_site([bytes(frame) for frame in frames[1:]])
+            if (changed := self._change(message)) is not None:
+                frames = [control.ROUND, *codec.encode(codec.sign(changed, self._site.keys.identity))]
+        self._endpoint.send(peer, frames)
+
+    def __getattr__(self, name: str) -> object:
+        return getattr(self._endpoint, name)
+
+
 class Together:
     """Runs a federation to its end; afterwards ``records`` and ``failure`` of the coordinator, ``errors``, ``history``
     and ``final`` of each site, and ``said``, what the coordinator told its operator."""
@@ -91,6 +111,7 @@ class Together:
         fails: Mapping[str, tuple[type[ToCoordinator], int]] | None = None,
         evaluate: Mapping[str, Evaluate] | None = None,
         late: Mapping[str, threading.Event] | None = None,
+        wrap: Mapping[str, Callable[[Endpoint, OpenSite], object]] | None = None,
         coordinator: Callable[[Consortium], None] | None = None,
         report: Callable[[RoundRecord], None] = lambda _record: None,
         **tables: msgspec.Struct,
@@ -108,7 +129,11 @@ class Together:
         )
         self.names = list(names)
         self._programs = {name: moving(name) for name in names} | dict(programs or {})
-        self._fails, self._evaluate, self._late = dict(fails or {}), dict(evaluate or {}), dict(late or {})
+        self._evaluate, self._late = dict(evaluate or {}), dict(late or {})
+        self._wrap = {
+            name: lambda real, _site, how=how: SilentFrom(real, how[0], round_number=how[1])
+            for name, how in (fails or {}).items()
+        } | dict(wrap or {})
         self._coordinate = coordinator or self._run_coordinator
         self._report = report
         self.records: list[RoundRecord] = []
@@ -160,14 +185,13 @@ class Together:
         try:
             site = open_site(self.consortium.site_configs[name])
             endpoint = None
-            if name in self._fails:
-                message, number = self._fails[name]
+            if name in self._wrap:
                 real = connect(
                     site.manifest.coordinator.address,
                     secret_key=site.keys.transport_secret,
                     server_key=site.manifest.coordinator.card.transport_key,
                 )
-                endpoint = SilentFrom(real, message, round_number=number)
+                endpoint = self._wrap[name](real, site)
             federation = Federation(site, endpoint=endpoint, evaluate=self._evaluate.get(name))
             try:
                 with federation:

@@ -1,0 +1,50 @@
+"""What a site is held to: hashes of its secrets and of their shares, given before anybody could need to lie.
+
+A share has at least 256 bits of entropy for everyone below the threshold, and so has a seed: their hashes hide them.
+With the owner's commitment to each share, a wrong share names its culprit: the holder who reveals another one than it
+accepted, or the owner whose shares, each as committed to, do not give the secret.
+"""
+
+from hashlib import sha256
+from typing import Final
+
+from secureagg import labels
+from secureagg.errors import AuthenticationFailed
+from secureagg.identity import SiteId
+from secureagg.parameters import DIGEST_BYTES, RoundParameters
+
+COMMITMENTS_BYTES: Final = 2 * DIGEST_BYTES
+
+
+def seed_commitment(parameters: RoundParameters, site: SiteId, seed: bytes) -> bytes:
+    """SHA-256 commitment to a self seed."""
+    return sha256(labels.frame(labels.SEED_COMMITMENT, parameters.context, site.encode(), seed)).digest()
+
+
+def share_commitments(
+    parameters: RoundParameters, *, owner: SiteId, holder: SiteId, mask_key: bytes, self_seed: bytes
+) -> bytes:
+    """64 bytes: the commitments to what ``holder`` gets of ``owner``, of the mask key first, then of the self seed."""
+    return b"".join(
+        sha256(labels.frame(label, parameters.context, owner.encode(), holder.encode(), share)).digest()
+        for label, share in ((labels.MASK_KEY_SHARE, mask_key), (labels.SELF_SEED_SHARE, self_seed))
+    )
+
+
+def check_share_commitments(
+    parameters: RoundParameters,
+    committed: bytes,
+    *,
+    owner: SiteId,
+    holder: SiteId,
+    mask_key: bytes | None = None,
+    self_seed: bytes | None = None,
+    who: str,
+) -> None:
+    """Raise AuthenticationFailed naming ``who`` unless each given share is the one that ``owner`` committed to."""
+    found = share_commitments(
+        parameters, owner=owner, holder=holder, mask_key=mask_key or b"", self_seed=self_seed or b""
+    )
+    for share, part in ((mask_key, slice(DIGEST_BYTES)), (self_seed, slice(DIGEST_BYTES, None))):
+        if share is not None and found[part] != committed[part]:
+            raise AuthenticationFailed(f"{who}: not the share that {owner} committed to for {holder}")
