@@ -32,7 +32,7 @@ from secureagg.errors import (
 )
 from secureagg.identity import SiteId, verify
 from secureagg.lanes import CANARY, WEIGHT, Words
-from secureagg.masking import MaskKey, apply_masks, pairwise_sign
+from secureagg.masking import MaskKey, Spread, apply_masks, pairwise_sign
 from secureagg.messages import (
     CohortKeys,
     EncryptedShares,
@@ -79,10 +79,14 @@ class Outbound:
 
 
 class Coordinator:
-    """One round, summed: collects masked inputs and releases their exact sum or nothing."""
+    """One round, summed: collects masked inputs and releases their exact sum or nothing.
 
-    def __init__(self, *, parameters: RoundParameters) -> None:
+    ``spread`` puts the unmasking on several cores, see ``apply_masks``.
+    """
+
+    def __init__(self, *, parameters: RoundParameters, spread: Spread = map) -> None:
         self._parameters = parameters
+        self._spread = spread
         self._phase: CoordinatorPhase = AdvertisingKeys()
         self._gone: set[SiteId] = set()
 
@@ -335,7 +339,7 @@ class Coordinator:
                     key_bytes = pairwise_mask_key(parameters, secret, lane=name, one=dropout, other=peer)
                     masks.append((key_bytes, -pairwise_sign(peer, dropout)))
             words = phase.sums[name].copy()
-            apply_masks(words, masks)
+            apply_masks(words, masks, spread=self._spread)
             totals[name] = ring_lane.lift(ring_lane.reduce(words))
         # Stops a sum in which any mask is left, whatever the reason: nothing is released.
         if int(totals[CANARY][0]) != len(survivors):

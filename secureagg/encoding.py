@@ -7,19 +7,21 @@ where and by how much, never what the value was.
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Final
 
 import numpy as np
 import numpy.typing as npt
 
 from secureagg.errors import ParameterError, ShapeMismatch, ValueOutOfRange
 from secureagg.identity import Entropy
-from secureagg.keystream import Keystream, block_words
+from secureagg.keystream import Keystream
 from secureagg.lanes import CANARY, CLIPPED, WEIGHT, Counts, FixedPoint, Lane, RingLane, Words, integer
 from secureagg.parameters import RoundParameters
 
 __all__ = ["Counts", "EncodedInput", "FixedPoint", "Lane", "decode_total", "encode_input"]
 
 _UINT32 = np.dtype("<u4")
+_BLOCK_VALUES: Final = 16 * 1024  # the block's buffers stay in cache; a multiple of the cipher's 16 bytes
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -103,40 +105,54 @@ def _encode_fixed_point(
         raise ParameterError(f"lane {name}: found dtype {values.dtype}, expected real numbers")
     coins = Keystream(entropy(32))
     words = np.empty(values.shape, ring_lane.word)
-    draws = np.empty(block_words(_UINT32), _UINT32)
+    size = min(_BLOCK_VALUES, len(values))
+    buffers = [np.empty(size) for _ in range(3)]
+    draws, rounds_up = np.empty(size, _UINT32), np.empty(size, np.bool_)
     clipped = 0
-    for start in range(0, len(values), len(draws)):
-        block = values[start : start + len(draws)].astype(np.float64)
-        if not np.isfinite(block).all():
-            index = start + int(np.flatnonzero(~np.isfinite(block))[0])
-            raise ValueOutOfRange(
-                f"lane {name}, index {index}: found a value that is not finite, expected finite numbers",
-                lane=name,
-                index=index,
-            )
-        outside = np.abs(block) > encoding.value_range
-        if outside.any():
-            if not encoding.clip:
-                first = int(np.flatnonzero(outside)[0])
-                excess = float(abs(block[first]) - encoding.value_range)
-                raise ValueOutOfRange(
-                    f"lane {name}, index {start + first}: found a magnitude {excess:.3g} above the range, "
-                    f"expected at most {encoding.value_range:g}",
-                    lane=name,
-                    index=start + first,
-                )
-            clipped += int(outside.sum())
-            np.clip(block, -encoding.value_range, encoding.value_range, out=block)
-        block *= levels / encoding.value_range
-        floor = np.floor(block)
-        block -= floor
-        draw = draws[: len(block)]
+    for start in range(0, len(values), size):
+        block = values[start : start + size]
+        scaled, floor, coin = (buffer[: len(block)] for buffer in buffers)
+        draw, up = draws[: len(block)], rounds_up[: len(block)]
+        np.copyto(scaled, block, casting="unsafe")
+        # One comparison that a NaN fails too; only then is it worth finding out what is wrong.
+        if not np.abs(scaled, out=floor).max() <= encoding.value_range:
+            clipped += _clip(name, encoding, scaled, start)
+        scaled *= levels / encoding.value_range
+        np.floor(scaled, out=floor)
+        scaled -= floor
+        scaled *= 2.0**32
         coins.fill(draw)
+        np.copyto(coin, draw)
         # Rounds up with probability equal to the fraction, to within 2^-32.
-        integers = floor.astype(np.int64) + (draw < block * 2.0**32)
-        np.clip(integers, -levels, levels, out=integers)  # the product above may exceed the edge by one ulp
-        words[start : start + len(block)] = integers.astype(ring_lane.word)
+        np.less(coin, scaled, out=up)
+        floor += up
+        np.clip(floor, -levels, levels, out=floor)  # the product above may exceed the edge by one ulp
+        words[start : start + size] = floor.astype(np.int32)
     return ring_lane.reduce(words), clipped
+
+
+def _clip(name: str, encoding: FixedPoint, block: npt.NDArray[np.float64], start: int) -> int:
+    """Move the values of ``block`` that are out of range to its edge, and return how many; or raise for the first."""
+    unfit = ~np.isfinite(block)
+    if unfit.any():
+        index = start + int(np.flatnonzero(unfit)[0])
+        raise ValueOutOfRange(
+            f"lane {name}, index {index}: found a value that is not finite, expected finite numbers",
+            lane=name,
+            index=index,
+        )
+    outside = np.flatnonzero(np.abs(block) > encoding.value_range)
+    if not encoding.clip:
+        first = int(outside[0])
+        excess = float(abs(block[first]) - encoding.value_range)
+        raise ValueOutOfRange(
+            f"lane {name}, index {start + first}: found a magnitude {excess:.3g} above the range, "
+            f"expected at most {encoding.value_range:g}",
+            lane=name,
+            index=start + first,
+        )
+    np.clip(block, -encoding.value_range, encoding.value_range, out=block)
+    return len(outside)
 
 
 def _encode_counts(ring_lane: RingLane, encoding: Counts, values: npt.NDArray[np.generic]) -> Words:

@@ -23,7 +23,6 @@ SiteId = NewType("SiteId", str)
 Entropy = Callable[[int], bytes]
 
 KEY_BYTES: Final = 32
-SIGNATURE_BYTES: Final = 64
 _NAME = re.compile(r"[a-z0-9](?:[a-z0-9._-]{0,62}[a-z0-9])?")
 
 

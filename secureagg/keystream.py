@@ -17,13 +17,15 @@ from secureagg.lanes import Words
 # third.
 BLOCK_BYTES: Final = 256 * 1024
 _ZEROS = bytes(BLOCK_BYTES)
+_AES_BYTES: Final = 16
 
 
 class Keystream:
-    """The AES-256-CTR keystream of a 32-byte key, read once from beginning to end."""
+    """The AES-256-CTR keystream of a 32-byte key, read once from ``offset`` (in bytes, a multiple of 16) to the end."""
 
-    def __init__(self, key: bytes) -> None:
-        self._encryptor = Cipher(AES256(key), CTR(bytes(16))).encryptor()
+    def __init__(self, key: bytes, *, offset: int = 0) -> None:
+        counter = (offset // _AES_BYTES).to_bytes(_AES_BYTES, "big")
+        self._encryptor = Cipher(AES256(key), CTR(counter)).encryptor()
 
     def fill(self, words: Words) -> None:
         """Overwrite ``words`` (at most BLOCK_BYTES, contiguous) with the next bytes of the stream, little-endian."""

@@ -6,7 +6,8 @@ contains it no more (Bonawitz et al., CCS 2017, section 4).  Rings are powers of
 masked input is uniform whatever x_u is.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from typing import Final
 
 import numpy as np
 
@@ -16,6 +17,9 @@ from secureagg.keystream import Keystream, block_words
 from secureagg.lanes import Words
 from secureagg.parameters import RoundParameters
 
+PARTS: Final = 16  # into which a long vector is cut for several cores
+
+Spread = Callable[[Callable[[int], None], Iterable[int]], Iterable[None]]
 MaskKey = tuple[bytes, int]  # a 32-byte AES key, and +1 to add its keystream or -1 to subtract it
 
 
@@ -35,17 +39,28 @@ def masks_of_input(
     return masks
 
 
-def apply_masks(words: Words, masks: Iterable[MaskKey]) -> None:
-    """Add or subtract each mask's keystream to ``words`` in place, modulo the word; the caller reduces to the ring."""
-    streams = [(Keystream(key), sign) for key, sign in masks]
+def apply_masks(words: Words, masks: Iterable[MaskKey], *, spread: Spread = map) -> None:
+    """Add or subtract each mask's keystream to ``words`` in place, modulo the word; the caller reduces to the ring.
+
+    ``spread``: applies a function to each of several parts, as ``map`` does one after the other; a thread pool's ``map``
+    does it on several cores.  The result is the same.
+    """
+    keys = list(masks)
     block = block_words(words.dtype)
-    buffer = np.empty(min(block, len(words)), words.dtype)
-    for start in range(0, len(words), block):
-        target = words[start : start + block]
-        mask = buffer[: len(target)]
-        for stream, sign in streams:
-            stream.fill(mask)
-            if sign > 0:
-                target += mask
-            else:
-                target -= mask
+    part = max(1, -(-len(words) // (PARTS * block))) * block
+
+    def mask_part(start: int) -> None:
+        streams = [(Keystream(key, offset=start * words.itemsize), sign) for key, sign in keys]
+        buffer = np.empty(min(block, len(words)), words.dtype)
+        for at in range(start, min(start + part, len(words)), block):
+            target = words[at : at + block]
+            mask = buffer[: len(target)]
+            for stream, sign in streams:
+                stream.fill(mask)
+                if sign > 0:
+                    target += mask
+                else:
+                    target -= mask
+
+    for _ in spread(mask_part, range(0, len(words), part)):
+        pass

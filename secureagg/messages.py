@@ -11,7 +11,7 @@ from typing import ClassVar
 import msgspec
 
 from secureagg.errors import MalformedMessage
-from secureagg.identity import SIGNATURE_BYTES, SiteId
+from secureagg.identity import SiteId
 
 Named = tuple[tuple[SiteId, bytes], ...]
 
@@ -121,9 +121,3 @@ def named(pairs: Named, *, who: str) -> dict[SiteId, bytes]:
     if any(first >= second for first, second in pairwise(names)):
         raise MalformedMessage(f"{who}: names repeat or are out of order")
     return dict(pairs)
-
-
-def check_signature_length(signature: bytes, *, who: str) -> None:
-    """Raise MalformedMessage unless ``signature`` has the length of one."""
-    if len(signature) != SIGNATURE_BYTES:
-        raise MalformedMessage(f"{who}: a signature of {len(signature)} bytes, expected {SIGNATURE_BYTES}")

@@ -1,10 +1,11 @@
 """Ring elements <-> packed bytes: value i of a b-bit lane is bits i*b to (i+1)*b of one little-endian bit stream.
 
 The last byte is filled up with zero bits.  A group of values that fills whole 64-bit words is the unit of work: for
-each value's place in the group, one shift and one OR over all groups at once.
+each value's place in the group, one shift and one OR over all groups of a block at once.
 """
 
 from math import gcd
+from typing import Final
 
 import numpy as np
 
@@ -12,6 +13,9 @@ from secureagg.errors import MalformedMessage
 from secureagg.lanes import RingLane, Words
 
 _U64 = np.dtype("<u8")
+# A block of both forms stays in cache while its groups are passed over once for each place; a multiple of 64 values
+# begins on a byte in every ring.
+_BLOCK_VALUES: Final = 64 * 1024
 
 
 def pack(ring_lane: RingLane, words: Words) -> bytes:
@@ -20,17 +24,22 @@ def pack(ring_lane: RingLane, words: Words) -> bytes:
     if bits == 8 * words.dtype.itemsize:
         return words.tobytes()
     per_group, group_words = _group(bits)
-    groups = -(-len(words) // per_group)
-    values = np.zeros(groups * per_group, _U64)
-    values[: len(words)] = words
-    table = values.reshape(groups, per_group)
-    packed = np.zeros((groups, group_words), _U64)
-    for place in range(per_group):
-        word, shift = divmod(place * bits, 64)
-        packed[:, word] |= table[:, place] << np.uint64(shift)
-        if shift + bits > 64:
-            packed[:, word + 1] |= table[:, place] >> np.uint64(64 - shift)
-    return packed.tobytes()[: ring_lane.packed_bytes]
+    block = _BLOCK_VALUES // per_group * per_group
+    packed = bytearray()
+    for start in range(0, len(words), block):
+        part = words[start : start + block]
+        groups = -(-len(part) // per_group)
+        values = np.zeros(groups * per_group, _U64)
+        values[: len(part)] = part
+        table = values.reshape(groups, per_group)
+        streams = np.zeros((groups, group_words), _U64)
+        for place in range(per_group):
+            word, shift = divmod(place * bits, 64)
+            streams[:, word] |= table[:, place] << np.uint64(shift)
+            if shift + bits > 64:
+                streams[:, word + 1] |= table[:, place] >> np.uint64(64 - shift)
+        packed += streams.data.cast("B")
+    return bytes(packed[: ring_lane.packed_bytes])
 
 
 def unpack(ring_lane: RingLane, packed: bytes | memoryview, *, who: str) -> Words:
@@ -46,19 +55,25 @@ def unpack(ring_lane: RingLane, packed: bytes | memoryview, *, who: str) -> Word
     if (spare := -length * bits % 8) and packed[-1] >> (8 - spare):
         raise MalformedMessage(f"{who}, lane {ring_lane.lane.name}: the last {spare} bits are not zero")
     per_group, group_words = _group(bits)
-    groups = -(-length // per_group)
-    padded = np.zeros(groups * group_words * 8, np.uint8)
-    padded[: len(packed)] = np.frombuffer(packed, np.uint8)
-    table = padded.view(_U64).reshape(groups, group_words)
-    values = np.empty((groups, per_group), ring_lane.word)
+    block = _BLOCK_VALUES // per_group * per_group
     mask = np.uint64((1 << bits) - 1)
-    for place in range(per_group):
-        word, shift = divmod(place * bits, 64)
-        column = table[:, word] >> np.uint64(shift)
-        if shift + bits > 64:
-            column |= table[:, word + 1] << np.uint64(64 - shift)
-        values[:, place] = column & mask
-    return values.reshape(-1)[:length].copy()
+    words = np.empty(length, ring_lane.word)
+    for start in range(0, length, block):
+        part = words[start : start + block]
+        groups = -(-len(part) // per_group)
+        padded = np.zeros(groups * group_words * 8, np.uint8)
+        source = np.frombuffer(packed, np.uint8)[start * bits // 8 : (start + block) * bits // 8]
+        padded[: len(source)] = source
+        table = padded.view(_U64).reshape(groups, group_words)
+        values = np.empty((groups, per_group), ring_lane.word)
+        for place in range(per_group):
+            word, shift = divmod(place * bits, 64)
+            column = table[:, word] >> np.uint64(shift)
+            if shift + bits > 64:
+                column |= table[:, word + 1] << np.uint64(64 - shift)
+            values[:, place] = column & mask
+        part[:] = values.reshape(-1)[: len(part)]
+    return words
 
 
 def _group(bits: int) -> tuple[int, int]:

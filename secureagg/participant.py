@@ -31,7 +31,7 @@ from secureagg.errors import (
     UnexpectedMessage,
 )
 from secureagg.identity import Entropy, Identity, SiteId, verify
-from secureagg.masking import apply_masks, masks_of_input
+from secureagg.masking import Spread, apply_masks, masks_of_input
 from secureagg.messages import (
     CohortKeys,
     EncryptedShares,
@@ -84,7 +84,7 @@ class Participant:
     """One site in one round.
 
     ``parameters`` are the site's own; ``journal`` outlives the process; ``minimum_survivors`` may raise the
-    round's minimum for this site, never lower it.
+    round's minimum for this site, never lower it; ``spread`` puts the masking on several cores, see ``apply_masks``.
     """
 
     def __init__(
@@ -96,6 +96,7 @@ class Participant:
         journal: Journal,
         minimum_survivors: int = 0,
         entropy: Entropy = os.urandom,
+        spread: Spread = map,
     ) -> None:
         """Raise ParameterError unless ``site`` is in the cohort under ``identity`` and the cohort can meet its
         minimum."""
@@ -114,6 +115,7 @@ class Participant:
         self._parameters = parameters
         self._journal = journal
         self._entropy = entropy
+        self._spread = spread
         self._phase: ParticipantPhase = Created()
         self._input: EncodedInput | None = None
 
@@ -283,7 +285,7 @@ class Participant:
             masks = masks_of_input(
                 self._parameters, site=self._site, lane=name, self_seed=phase.self_seed, secrets=phase.mask_secrets
             )
-            apply_masks(words, masks)
+            apply_masks(words, masks, spread=self._spread)
             packed += pack(ring_lane, ring_lane.reduce(words))
         step = MaskedInput.CHUNK_BYTES
         chunks = tuple(bytes(packed[start : start + step]) for start in range(0, len(packed), step))

@@ -46,11 +46,10 @@ FAILURES_IN_A_ROW: Final = 3
 class RoundRecord:
     """What happened in one round, as far as the coordinator can know; one line of its log, filled in as it goes.
 
-    ``dropped``: site -> phase in which it was given up; ``refused``: site -> error codes of what it sent and was refused for, or
-    is to blame for;
-    ``seconds``: phase -> wall time; ``masked_sample``: site -> first bytes of its masked input, in hexadecimal;
-    ``examples``: the survivors' summed weight; ``metrics``: of the model that the round started from; ``error``: code
-    of the error that ended it, or empty.
+    ``dropped``: site -> phase in which it was given up; ``refused``: site -> error codes of what it sent and was
+    refused for, or is to blame for; ``seconds``: phase -> wall time; ``masked_sample``: site -> first bytes of its
+    masked input, in hexadecimal; ``examples``: the survivors' summed weight; ``metrics``: of the model that the round
+    started from; ``error``: code of the error that ended it, or empty.
     """
 
     run: str

@@ -353,8 +353,8 @@ def wrong_commitment(message: ToCoordinator) -> ToCoordinator | None:
 
 @pytest.mark.parametrize(("change", "released"), [(wrong_share, True), (wrong_commitment, False)])
 def test_a_site_that_misbehaves(tmp_path, change, released: bool) -> None:
-    """A site whose own messages prove a wrong share or commitment is blamed in the record, told so, and excluded; with a
-    wrong share even that round is released, in both cases the next ones are."""
+    """A site whose own messages prove a wrong share or commitment is blamed in the record, told so, and excluded; the
+    round is released all the same if it was a share, and the next ones in both cases."""
     together = Together(tmp_path, rounds=3, wrap={"d": lambda real, site: Tampering(real, site, change)}).run()
     assert together.failure is None
     assert "refuses site d (authentication-failed)" in str(together.errors["d"])

@@ -35,6 +35,13 @@ def test_rfc_8032_vector() -> None:
     assert Identity.from_private_bytes(seed).public_key.hex() == public
 
 
+@pytest.mark.parametrize("length", [0, 31, 33])
+def test_private_keys_have_32_bytes(length: int) -> None:
+    """A seed of another length is refused with both numbers."""
+    with pytest.raises(ParameterError, match=f"identity key: {length} bytes, expected 32"):
+        Identity.from_private_bytes(bytes(length))
+
+
 def test_private_key_is_not_shown() -> None:
     """Neither repr nor str of an identity holds its secret."""
     key = KEYS["a"]

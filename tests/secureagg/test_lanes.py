@@ -61,6 +61,8 @@ def test_a_sum_that_could_wrap_is_refused_when_the_round_is_built() -> None:
         (lambda: Counts(maximum=0), "maximum of 0"),
         (lambda: Lane(name="Update", length=1, encoding=Counts(maximum=1)), "lane name 'Update'"),
         (lambda: Lane(name="x", length=0, encoding=Counts(maximum=1)), "length 0"),
+        (lambda: Lane(name="x", length=1, encoding=Counts(maximum=1), minimum_ring_bits=65), "65 minimum ring bits"),
+        (lambda: Lane(name="x", length=1, encoding=Counts(maximum=1), minimum_ring_bits=7), "7 minimum ring bits"),
     ],
 )
 def test_unfit_lanes_are_refused(make: object, text: str) -> None:

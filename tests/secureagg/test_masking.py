@@ -1,10 +1,12 @@
 """Keys, keystreams and masks."""
 
+from concurrent.futures import ThreadPoolExecutor
+
 import numpy as np
 import pytest
 from cryptography.hazmat.primitives.ciphers import Cipher
 from cryptography.hazmat.primitives.ciphers.algorithms import AES256
-from cryptography.hazmat.primitives.ciphers.modes import ECB
+from cryptography.hazmat.primitives.ciphers.modes import CTR, ECB
 from support.rounds import StoppedRound
 
 from secureagg import AuthenticationFailed, SiteId
@@ -70,6 +72,24 @@ def test_masks_cancel_in_the_sum(length: int, word: str) -> None:
         total += words
     apply_masks(total, [(self_mask_key(PARAMETERS, seeds[s], lane="update", site=s), -1) for s in (A, B, C)])
     assert not total.any()
+
+
+@pytest.mark.parametrize("length", [1, 65_537, 3_000_001])
+def test_masks_do_not_depend_on_how_they_are_spread(length: int) -> None:
+    """On several threads, and in any order of the parts, the result is the same as from beginning to end."""
+    keys = [(bytes([index]) * 32, 1 if index % 2 else -1) for index in range(3)]
+    one, threads, backwards = (np.arange(length).astype("<u4") for _ in range(3))
+    apply_masks(one, keys)
+    with ThreadPoolExecutor(4) as pool:
+        apply_masks(threads, keys, spread=pool.map)
+    apply_masks(backwards, keys, spread=lambda function, parts: map(function, list(parts)[::-1]))
+    np.testing.assert_array_equal(one, threads)
+    np.testing.assert_array_equal(one, backwards)
+    straight = np.zeros(length, "<u4")
+    for key, sign in keys:
+        stream = np.frombuffer(Cipher(AES256(key), CTR(bytes(16))).encryptor().update(bytes(4 * length)), "<u4")
+        straight = straight + stream if sign > 0 else straight - stream
+    np.testing.assert_array_equal(one, straight + np.arange(length).astype("<u4"))
 
 
 def test_every_purpose_has_a_key_of_its_own() -> None:

@@ -16,9 +16,9 @@ def ring_lane(length: int, bits: int) -> RingLane:
 
 
 def reference(values: list[int], bits: int) -> bytes:
-    """The layout straight from its definition, with one Python integer as the bit stream."""
-    stream = sum(value << (index * bits) for index, value in enumerate(values))
-    return stream.to_bytes(-(-len(values) * bits // 8), "little")
+    """The layout straight from its definition, with the bits written out, the last value's first."""
+    stream = "".join(f"{value:0{bits}b}" for value in reversed(values))
+    return int(stream, 2).to_bytes(-(-len(values) * bits // 8), "little")
 
 
 @st.composite
@@ -36,6 +36,17 @@ def test_layout_is_the_specified_bit_stream(case: tuple[RingLane, list[int]]) ->
     packed = pack(lane, np.array(values, lane.word))
     assert packed == reference(values, lane.ring_bits)
     assert unpack(lane, packed, who="test").tolist() == values
+
+
+@pytest.mark.parametrize("bits", [9, 20, 33, 63])
+def test_long_vectors(bits: int) -> None:
+    """Vectors of several blocks have the same layout as short ones, at the seams too."""
+    length = 3 * 64 * 1024 + 5
+    lane = ring_lane(length, bits)
+    values = np.random.default_rng(bits).integers(0, 2**bits, length, dtype=np.uint64).astype(lane.word)
+    packed = pack(lane, values)
+    assert packed == reference(values.tolist(), bits)
+    np.testing.assert_array_equal(unpack(lane, packed, who="x"), values)
 
 
 @pytest.mark.parametrize("change", [-1, 1])
