@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: install demo test test-slow lint format clean
+.PHONY: install demo test test-slow mutants fuzz peers lint format clean
 
 install: $(READY)
 
@@ -24,6 +24,18 @@ test: install
 test-slow: install
 	$(BIN)/python -m pytest -m slow
 
+# Deletes each security check of the protocol core in turn and wants a test to fail; some ten minutes on 2 cores.
+mutants: install
+	$(BIN)/python tests/mutants/run.py
+
+fuzz: install
+	SECUREAGG_FUZZ_EXAMPLES=200000 $(BIN)/python -m pytest --timeout 0 tests/fuzz
+
+# Flower in an environment of its own, for `python -m benchmarks masking` to be compared with.
+peers:
+	test -x .venv-flower/bin/python || $(PYTHON) -m venv .venv-flower
+	.venv-flower/bin/python -m pip install --quiet flwr==1.41.0
+
 lint: install
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -35,4 +47,4 @@ format: install
 	$(BIN)/ruff format .
 
 clean:
-	rm -rf $(VENV) .mypy_cache .pytest_cache .ruff_cache .import_linter_cache .hypothesis build dist
+	rm -rf $(VENV) .venv-flower .mypy_cache .pytest_cache .ruff_cache .import_linter_cache .hypothesis build dist

@@ -5,7 +5,6 @@ With the owner's commitment to each share, a wrong share names its culprit: the 
 accepted, or the owner whose shares, each as committed to, do not give the secret.
 """
 
-from hashlib import sha256
 from typing import Final
 
 from secureagg import labels
@@ -18,7 +17,7 @@ COMMITMENTS_BYTES: Final = 2 * DIGEST_BYTES
 
 def seed_commitment(parameters: RoundParameters, site: SiteId, seed: bytes) -> bytes:
     """SHA-256 commitment to a self seed."""
-    return sha256(labels.frame(labels.SEED_COMMITMENT, parameters.context, site.encode(), seed)).digest()
+    return labels.digest(labels.SEED_COMMITMENT, parameters.context, site.encode(), seed)
 
 
 def share_commitments(
@@ -26,7 +25,7 @@ def share_commitments(
 ) -> bytes:
     """64 bytes: the commitments to what ``holder`` gets of ``owner``, of the mask key first, then of the self seed."""
     return b"".join(
-        sha256(labels.frame(label, parameters.context, owner.encode(), holder.encode(), share)).digest()
+        labels.digest(label, parameters.context, owner.encode(), holder.encode(), share)
         for label, share in ((labels.MASK_KEY_SHARE, mask_key), (labels.SELF_SEED_SHARE, self_seed))
     )
 

@@ -31,7 +31,7 @@ from secureagg.errors import (
     UnexpectedMessage,
 )
 from secureagg.identity import SiteId, verify
-from secureagg.lanes import CANARY, WEIGHT, Words
+from secureagg.lanes import CANARY, WEIGHT
 from secureagg.masking import MaskKey, Spread, apply_masks, pairwise_sign
 from secureagg.messages import (
     CohortKeys,
@@ -49,7 +49,7 @@ from secureagg.messages import (
     UnmaskShares,
     named,
 )
-from secureagg.packing import unpack
+from secureagg.packing import add_packed, check_packed
 from secureagg.parameters import DIGEST_BYTES, RoundParameters
 from secureagg.participant import input_digest
 from secureagg.phases import (
@@ -178,19 +178,19 @@ class Coordinator:
         phase.received[message.sender] = message
 
     def _collect_input(self, phase: CollectingMaskedInputs, message: MaskedInput, who: str) -> None:
-        # Everything is checked and unpacked before the first lane is added: a refused input leaves no trace in the sum.
+        # Everything is checked before the first lane is added: a refused input leaves no trace in the sum.
         for index, (chunk, digest) in enumerate(zip(message.chunks, message.chunk_digests, strict=True)):
             if len(chunk) > MaskedInput.CHUNK_BYTES or sha256(chunk).digest() != digest:
                 raise AuthenticationFailed(f"{who}: chunk {index} is not the one that was signed")
         packed = memoryview(b"".join(message.chunks))
         if len(packed) != self._parameters.packed_bytes:
             raise MalformedMessage(f"{who}: {len(packed)} bytes of lanes, expected {self._parameters.packed_bytes}")
-        vectors: dict[str, Words] = {}
+        lanes: dict[str, memoryview] = {}
         for name, ring_lane in self._parameters.lanes.items():
-            vectors[name] = unpack(ring_lane, packed[: ring_lane.packed_bytes], who=who)
-            packed = packed[ring_lane.packed_bytes :]
-        for name, words in vectors.items():
-            np.add(phase.sums[name], words, out=phase.sums[name])
+            lanes[name], packed = packed[: ring_lane.packed_bytes], packed[ring_lane.packed_bytes :]
+            check_packed(ring_lane, lanes[name], who=who)
+        for name, ring_lane in self._parameters.lanes.items():
+            add_packed(phase.sums[name], ring_lane, lanes[name])
         phase.received[message.sender] = input_digest(message.chunk_digests)
 
     def _collect_signature(self, phase: CheckingConsistency, message: SurvivorSignature, who: str) -> None:
@@ -350,8 +350,9 @@ class Coordinator:
                 means[name] = decode_total(ring_lane, totals[name], survivors=len(survivors), weight=weight)
         except ParameterError as error:
             raise RoundAborted(f"coordinator, Unmasking: {error}") from error
-        parts = [part for name, total in totals.items() for part in (name.encode(), total.astype("<i8").tobytes())]
-        digest = sha256(labels.frame(labels.AGGREGATE, parameters.context, *parts)).digest()
+        little_endian = {name: total.astype("<i8", copy=False) for name, total in totals.items()}
+        parts = [part for name, total in little_endian.items() for part in (name.encode(), total.data)]
+        digest = labels.digest(labels.AGGREGATE, parameters.context, *parts)
         return Aggregate(totals=totals, means=means, survivors=survivors, digest=digest)
 
     @staticmethod

@@ -93,7 +93,9 @@ def decode_total(
             f"lane {lane.name}: the survivors' weights add up to 0, so their weighted mean is undefined"
         )
     unit = lane.encoding.step if isinstance(lane.encoding, FixedPoint) else 1.0
-    return total / divisor * unit
+    mean: npt.NDArray[np.float64] = total / divisor
+    mean *= unit
+    return mean
 
 
 def _encode_fixed_point(

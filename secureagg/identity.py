@@ -10,7 +10,6 @@ import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
-from hashlib import sha256
 from typing import Final, NewType, Self
 
 from cryptography.exceptions import InvalidSignature
@@ -152,4 +151,4 @@ class Roster(Mapping[SiteId, Card]):
         parts = [
             part for card in self._cards.values() for part in (card.site.encode(), card.signing_key, card.transport_key)
         ]
-        return sha256(labels.frame(labels.ROSTER, *parts)).digest()
+        return labels.digest(labels.ROSTER, *parts)

@@ -4,6 +4,7 @@ A label is the first input of each hash, key derivation and signature.  All star
 inputs that follow a label are length-prefixed (``frame``), so no two different lists of inputs give the same bytes.
 """
 
+from hashlib import sha256
 from typing import Final
 
 VERSION: Final = b"secureagg/v1"
@@ -27,3 +28,12 @@ AGGREGATE: Final = VERSION + b"/aggregate"
 def frame(*parts: bytes) -> bytes:
     """Join ``parts`` so that they can be told apart again: each is preceded by its length as 8 bytes, little-endian."""
     return b"".join(len(part).to_bytes(8, "little") + part for part in parts)
+
+
+def digest(*parts: bytes | memoryview) -> bytes:
+    """SHA-256 of ``frame(*parts)``, without a copy of long parts."""
+    hashed = sha256()
+    for part in parts:
+        hashed.update(memoryview(part).nbytes.to_bytes(8, "little"))
+        hashed.update(part)
+    return hashed.digest()

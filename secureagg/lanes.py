@@ -162,8 +162,9 @@ class RingLane:
     def lift(self, words: Words) -> npt.NDArray[np.int64]:
         """The integers that reduced ring elements stand for: centred around 0 for a signed lane, from 0 up for
         counts."""
-        wide = words.astype(np.uint64)
-        if self.lane.signed and self.ring_bits < 64:
-            half, modulus = np.uint64(1 << (self.ring_bits - 1)), np.uint64(1 << self.ring_bits)
-            return np.where(wide >= half, wide - modulus, wide).view(np.int64)
-        return wide.view(np.int64)
+        integers = words.astype(np.uint64).view(np.int64)
+        if self.lane.signed:
+            # The ring's highest bit becomes the sign: shift it to the top, and back with its copies behind it.
+            integers <<= 64 - self.ring_bits
+            integers >>= 64 - self.ring_bits
+        return integers

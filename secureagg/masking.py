@@ -6,20 +6,30 @@ contains it no more (Bonawitz et al., CCS 2017, section 4).  Rings are powers of
 masked input is uniform whatever x_u is.
 """
 
-from collections.abc import Callable, Iterable, Mapping
-from typing import Final
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Final, Protocol, TypeVar
 
 import numpy as np
 
 from secureagg.agreement import pairwise_mask_key, self_mask_key
 from secureagg.identity import SiteId
 from secureagg.keystream import Keystream, block_words
-from secureagg.lanes import Words
+from secureagg.lanes import RingLane, Words
+from secureagg.packing import pack
 from secureagg.parameters import RoundParameters
 
-PARTS: Final = 16  # into which a long vector is cut for several cores
+PARTS: Final = 64  # into which a long vector is cut for several cores
 
-Spread = Callable[[Callable[[int], None], Iterable[int]], Iterable[None]]
+_Result = TypeVar("_Result")
+
+
+class Spread(Protocol):
+    """Applies a function to each of several parts: ``map`` does, and a thread pool's ``map`` does it on several cores."""
+
+    def __call__(self, function: Callable[[slice], _Result], parts: Iterable[slice], /) -> Iterable[_Result]:
+        """The results in the order of the parts."""
+
+
 MaskKey = tuple[bytes, int]  # a 32-byte AES key, and +1 to add its keystream or -1 to subtract it
 
 
@@ -40,27 +50,44 @@ def masks_of_input(
 
 
 def apply_masks(words: Words, masks: Iterable[MaskKey], *, spread: Spread = map) -> None:
-    """Add or subtract each mask's keystream to ``words`` in place, modulo the word; the caller reduces to the ring.
-
-    ``spread``: applies a function to each of several parts, as ``map`` does one after the other; a thread pool's ``map``
-    does it on several cores.  The result is the same.
-    """
+    """Add or subtract each mask's keystream to ``words`` in place, modulo the word; the caller reduces to the ring."""
     keys = list(masks)
-    block = block_words(words.dtype)
-    part = max(1, -(-len(words) // (PARTS * block))) * block
-
-    def mask_part(start: int) -> None:
-        streams = [(Keystream(key, offset=start * words.itemsize), sign) for key, sign in keys]
-        buffer = np.empty(min(block, len(words)), words.dtype)
-        for at in range(start, min(start + part, len(words)), block):
-            target = words[at : at + block]
-            mask = buffer[: len(target)]
-            for stream, sign in streams:
-                stream.fill(mask)
-                if sign > 0:
-                    target += mask
-                else:
-                    target -= mask
-
-    for _ in spread(mask_part, range(0, len(words), part)):
+    for _ in spread(lambda part: _mask(words[part], keys, start=part.start), _parts(words)):
         pass
+
+
+def masked_and_packed(
+    ring_lane: RingLane, words: Words, masks: Iterable[MaskKey], *, spread: Spread = map
+) -> Iterator[bytes]:
+    """``words`` under ``masks``, packed, piece by piece; ``words`` stay as they are and no second vector is made."""
+    keys = list(masks)
+
+    def piece(part: slice) -> bytes:
+        own = words[part].copy()
+        _mask(own, keys, start=part.start)
+        return pack(ring_lane, ring_lane.reduce(own))
+
+    yield from spread(piece, _parts(words))
+
+
+def _parts(words: Words) -> list[slice]:
+    """``words`` cut into at most PARTS parts of whole blocks, so that each part begins on a byte in every ring."""
+    block = block_words(words.dtype)
+    size = max(1, -(-len(words) // (PARTS * block))) * block
+    return [slice(start, min(start + size, len(words))) for start in range(0, len(words), size)]
+
+
+def _mask(words: Words, keys: list[MaskKey], *, start: int) -> None:
+    """Apply the keystreams from element ``start`` on: all of them to one block in cache, then to the next."""
+    streams = [(Keystream(key, offset=start * words.itemsize), sign) for key, sign in keys]
+    block = block_words(words.dtype)
+    buffer = np.empty(min(block, len(words)), words.dtype)
+    for at in range(0, len(words), block):
+        target = words[at : at + block]
+        mask = buffer[: len(target)]
+        for stream, sign in streams:
+            stream.fill(mask)
+            if sign > 0:
+                target += mask
+            else:
+                target -= mask

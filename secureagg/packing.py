@@ -19,7 +19,8 @@ _BLOCK_VALUES: Final = 64 * 1024
 
 
 def pack(ring_lane: RingLane, words: Words) -> bytes:
-    """``ring_lane.packed_bytes`` bytes for ``lane.length`` ring elements, which must already be reduced."""
+    """The packed bytes of ring elements, which must already be reduced: of a whole lane, or of a part that begins on a
+    byte."""
     bits = ring_lane.ring_bits
     if bits == 8 * words.dtype.itemsize:
         return words.tobytes()
@@ -39,41 +40,45 @@ def pack(ring_lane: RingLane, words: Words) -> bytes:
             if shift + bits > 64:
                 streams[:, word + 1] |= table[:, place] >> np.uint64(64 - shift)
         packed += streams.data.cast("B")
-    return bytes(packed[: ring_lane.packed_bytes])
+    return bytes(packed[: -(-len(words) * bits // 8)])
 
 
-def unpack(ring_lane: RingLane, packed: bytes | memoryview, *, who: str) -> Words:
-    """The ring elements of ``packed``; MalformedMessage naming ``who`` unless it is exactly what ``pack`` gives."""
-    bits, length = ring_lane.ring_bits, ring_lane.lane.length
+def check_packed(ring_lane: RingLane, packed: bytes | memoryview, *, who: str) -> None:
+    """Raise MalformedMessage naming ``who`` unless ``packed`` is what ``pack`` gives for some ring elements."""
     if len(packed) != ring_lane.packed_bytes:
         raise MalformedMessage(
             f"{who}, lane {ring_lane.lane.name}: {len(packed)} packed bytes, expected {ring_lane.packed_bytes}"
         )
-    if bits == 8 * ring_lane.word.itemsize:
-        return np.frombuffer(packed, ring_lane.word).copy()
     # One vector has one encoding: the filling bits are zero.
-    if (spare := -length * bits % 8) and packed[-1] >> (8 - spare):
+    if (spare := -ring_lane.lane.length * ring_lane.ring_bits % 8) and packed[-1] >> (8 - spare):
         raise MalformedMessage(f"{who}, lane {ring_lane.lane.name}: the last {spare} bits are not zero")
+
+
+def add_packed(total: Words, ring_lane: RingLane, packed: bytes | memoryview) -> None:
+    """Add the ring elements of ``packed``, which must have been checked, to ``total`` in place, block by block."""
+    bits, word = ring_lane.ring_bits, ring_lane.word
+    if bits == 8 * word.itemsize:
+        total += np.frombuffer(packed, word)
+        return
     per_group, group_words = _group(bits)
     block = _BLOCK_VALUES // per_group * per_group
     mask = np.uint64((1 << bits) - 1)
-    words = np.empty(length, ring_lane.word)
-    for start in range(0, length, block):
-        part = words[start : start + block]
+    raw = np.frombuffer(packed, np.uint8)
+    for start in range(0, len(total), block):
+        part = total[start : start + block]
         groups = -(-len(part) // per_group)
         padded = np.zeros(groups * group_words * 8, np.uint8)
-        source = np.frombuffer(packed, np.uint8)[start * bits // 8 : (start + block) * bits // 8]
+        source = raw[start * bits // 8 : (start + block) * bits // 8]
         padded[: len(source)] = source
         table = padded.view(_U64).reshape(groups, group_words)
-        values = np.empty((groups, per_group), ring_lane.word)
+        values = np.empty((groups, per_group), word)
         for place in range(per_group):
-            word, shift = divmod(place * bits, 64)
-            column = table[:, word] >> np.uint64(shift)
+            index, shift = divmod(place * bits, 64)
+            column = table[:, index] >> np.uint64(shift)
             if shift + bits > 64:
-                column |= table[:, word + 1] << np.uint64(64 - shift)
+                column |= table[:, index + 1] << np.uint64(64 - shift)
             values[:, place] = column & mask
-        part[:] = values.reshape(-1)[: len(part)]
-    return words
+        part += values.reshape(-1)[: len(part)]
 
 
 def _group(bits: int) -> tuple[int, int]:

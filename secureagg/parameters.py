@@ -14,7 +14,6 @@ import struct
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
-from hashlib import sha256
 from types import MappingProxyType
 from typing import Final, Self
 
@@ -145,25 +144,23 @@ class RoundParameters:
             struct.pack("<4q", self.threshold, self.max_corrupt, self.minimum_survivors, self.max_weight or 0),
             *(part for ring_lane in self.lanes.values() for part in _lane_parts(ring_lane)),
         ]
-        return sha256(labels.frame(labels.PARAMETERS, *parts)).digest()
+        return labels.digest(labels.PARAMETERS, *parts)
 
     @cached_property
     def context(self) -> bytes:
         """The 32 bytes that every signature, key derivation and ciphertext of the round is bound to."""
         # Stops a coordinator that shows other parameters, another model, roster or cohort, or messages of another
         # round, to some of the sites.
-        return sha256(
-            labels.frame(
-                labels.CONTEXT,
-                self.consortium.encode(),
-                self.run.encode(),
-                self.round_number.to_bytes(8, "little"),
-                self.digest,
-                self.model_digest,
-                self.roster.digest,
-                *(site.encode() for site in self.cohort),
-            )
-        ).digest()
+        return labels.digest(
+            labels.CONTEXT,
+            self.consortium.encode(),
+            self.run.encode(),
+            self.round_number.to_bytes(8, "little"),
+            self.digest,
+            self.model_digest,
+            self.roster.digest,
+            *(site.encode() for site in self.cohort),
+        )
 
     @cached_property
     def positions(self) -> Mapping[SiteId, int]:

@@ -31,7 +31,7 @@ from secureagg.errors import (
     UnexpectedMessage,
 )
 from secureagg.identity import Entropy, Identity, SiteId, verify
-from secureagg.masking import Spread, apply_masks, masks_of_input
+from secureagg.masking import Spread, masked_and_packed, masks_of_input
 from secureagg.messages import (
     CohortKeys,
     EncryptedShares,
@@ -49,7 +49,6 @@ from secureagg.messages import (
     UnmaskShares,
     named,
 )
-from secureagg.packing import pack
 from secureagg.parameters import DIGEST_BYTES, RoundParameters
 from secureagg.phases import (
     Aborted,
@@ -279,18 +278,24 @@ class Participant:
 
     def _send_masked_input(self, phase: AwaitingInput, encoded: EncodedInput) -> _Step:
         """Message 2: the input under the self mask and a pairwise mask with every other sharer."""
-        packed = bytearray()
+        size = MaskedInput.CHUNK_BYTES
+        chunks: list[bytes] = []
+        pending = bytearray()
         for name, ring_lane in self._parameters.lanes.items():
-            words = encoded.vectors[name].copy()
             masks = masks_of_input(
                 self._parameters, site=self._site, lane=name, self_seed=phase.self_seed, secrets=phase.mask_secrets
             )
-            apply_masks(words, masks, spread=self._spread)
-            packed += pack(ring_lane, ring_lane.reduce(words))
-        step = MaskedInput.CHUNK_BYTES
-        chunks = tuple(bytes(packed[start : start + step]) for start in range(0, len(packed), step))
+            for piece in masked_and_packed(ring_lane, encoded.vectors[name], masks, spread=self._spread):
+                pending += piece
+                while len(pending) >= size:
+                    chunks.append(bytes(pending[:size]))
+                    del pending[:size]
+        if pending:
+            chunks.append(bytes(pending))
         digests = tuple(sha256(chunk).digest() for chunk in chunks)
-        message = MaskedInput(context=self._parameters.context, sender=self._site, chunk_digests=digests, chunks=chunks)
+        message = MaskedInput(
+            context=self._parameters.context, sender=self._site, chunk_digests=digests, chunks=tuple(chunks)
+        )
         return AwaitingSurvivors(phase.held, input_digest(digests)), [self._sign(message)]
 
     def _sign_survivors(self, phase: AwaitingSurvivors, message: SurvivorList) -> _Step:

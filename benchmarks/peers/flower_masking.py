@@ -9,9 +9,9 @@ client in `secaggplus_mod`, with its default ranges.
 
 import json
 import os
-import resource
 import sys
 import time
+import tracemalloc
 
 import numpy as np
 from flwr.common.secure_aggregation.crypto.shamir import combine_shares, create_shares
@@ -54,9 +54,11 @@ def best(repeats: int, function) -> tuple[float, object]:
 def main() -> None:
     """Measure and print."""
     update, neighbours, repeats = np.load(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3])
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     masked, sent = best(repeats, lambda: masked_input(update, neighbours))
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - before
+    tracemalloc.start()
+    masked_input(update, neighbours)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
     share, shares = best(repeats, lambda: create_shares(os.urandom(32), 67, 100))
     rebuild, _ = best(repeats, lambda: combine_shares(shares[:67]))
     size = sum(array.nbytes for array in sent)

@@ -1,6 +1,7 @@
 """Identities, cards and the roster."""
 
 from dataclasses import replace
+from hashlib import sha256
 
 import pytest
 from hypothesis import given
@@ -52,6 +53,13 @@ def test_private_key_is_not_shown() -> None:
 def test_frame_tells_lists_apart(one: list[bytes], other: list[bytes]) -> None:
     """Different lists of parts never give the same bytes."""
     assert (labels.frame(*one) == labels.frame(*other)) == (one == other)
+
+
+@given(st.lists(st.binary(max_size=9), max_size=4))
+def test_a_digest_is_the_hash_of_the_frame(parts: list[bytes]) -> None:
+    """Hashing piece by piece gives the SHA-256 of the framed parts, also for arrays."""
+    assert labels.digest(*parts) == sha256(labels.frame(*parts)).digest()
+    assert labels.digest(memoryview(bytes(16)).cast("Q")) == labels.digest(bytes(16))
 
 
 def test_labels_differ() -> None:
