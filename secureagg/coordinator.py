@@ -179,12 +179,18 @@ class Coordinator:
 
     def _collect_input(self, phase: CollectingMaskedInputs, message: MaskedInput, who: str) -> None:
         # Everything is checked before the first lane is added: a refused input leaves no trace in the sum.
+        whole, rest = divmod(self._parameters.packed_bytes, MaskedInput.CHUNK_BYTES)
+        sizes = [MaskedInput.CHUNK_BYTES] * whole + [rest] * (rest > 0)
+        # Stops an oversized input, and a second way to cut the same one.
+        if [len(chunk) for chunk in message.chunks] != sizes:
+            raise MalformedMessage(
+                f"{who}: {sum(map(len, message.chunks))} bytes of lanes in {len(message.chunks)} chunks, expected "
+                f"{self._parameters.packed_bytes} in chunks of {MaskedInput.CHUNK_BYTES}"
+            )
         for index, (chunk, digest) in enumerate(zip(message.chunks, message.chunk_digests, strict=True)):
-            if len(chunk) > MaskedInput.CHUNK_BYTES or sha256(chunk).digest() != digest:
+            if sha256(chunk).digest() != digest:
                 raise AuthenticationFailed(f"{who}: chunk {index} is not the one that was signed")
         packed = memoryview(b"".join(message.chunks))
-        if len(packed) != self._parameters.packed_bytes:
-            raise MalformedMessage(f"{who}: {len(packed)} bytes of lanes, expected {self._parameters.packed_bytes}")
         lanes: dict[str, memoryview] = {}
         for name, ring_lane in self._parameters.lanes.items():
             lanes[name], packed = packed[: ring_lane.packed_bytes], packed[ring_lane.packed_bytes :]
@@ -338,7 +344,7 @@ class Coordinator:
                 for peer, secret in agreed.items():
                     key_bytes = pairwise_mask_key(parameters, secret, lane=name, one=dropout, other=peer)
                     masks.append((key_bytes, -pairwise_sign(peer, dropout)))
-            words = phase.sums[name].copy()
+            words = phase.sums[name]
             apply_masks(words, masks, spread=self._spread)
             totals[name] = ring_lane.lift(ring_lane.reduce(words))
         # Stops a sum in which any mask is left, whatever the reason: nothing is released.

@@ -24,7 +24,7 @@ _Result = TypeVar("_Result")
 
 
 class Spread(Protocol):
-    """Applies a function to each of several parts: ``map`` does, and a thread pool's ``map`` does it on several cores."""
+    """Applies a function to each of several parts: ``map``, or a thread pool's ``map`` on several cores."""
 
     def __call__(self, function: Callable[[slice], _Result], parts: Iterable[slice], /) -> Iterable[_Result]:
         """The results in the order of the parts."""

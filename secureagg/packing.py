@@ -1,21 +1,25 @@
 """Ring elements <-> packed bytes: value i of a b-bit lane is bits i*b to (i+1)*b of one little-endian bit stream.
 
-The last byte is filled up with zero bits.  A group of values that fills whole 64-bit words is the unit of work: for
-each value's place in the group, one shift and one OR over all groups of a block at once.
+The last byte is filled up with zero bits.  After at most 8 values the stream is at a byte's beginning again: all values
+at the same place of such a group are handled at once, each through a window of whole bytes around its bits.
 """
 
+from collections.abc import Iterator
 from math import gcd
 from typing import Final
 
 import numpy as np
+import numpy.typing as npt
 
 from secureagg.errors import MalformedMessage
 from secureagg.lanes import RingLane, Words
 
-_U64 = np.dtype("<u8")
-# A block of both forms stays in cache while its groups are passed over once for each place; a multiple of 64 values
+# A block of both forms stays in cache while its groups are passed over once for each place; a multiple of 8 values
 # begins on a byte in every ring.
 _BLOCK_VALUES: Final = 64 * 1024
+_WINDOW_BYTES: Final = 8  # of the widest window, which may reach beyond the last value
+
+_Bytes = npt.NDArray[np.uint8]
 
 
 def pack(ring_lane: RingLane, words: Words) -> bytes:
@@ -24,23 +28,18 @@ def pack(ring_lane: RingLane, words: Words) -> bytes:
     bits = ring_lane.ring_bits
     if bits == 8 * words.dtype.itemsize:
         return words.tobytes()
-    per_group, group_words = _group(bits)
-    block = _BLOCK_VALUES // per_group * per_group
     packed = bytearray()
-    for start in range(0, len(words), block):
-        part = words[start : start + block]
-        groups = -(-len(part) // per_group)
-        values = np.zeros(groups * per_group, _U64)
-        values[: len(part)] = part
-        table = values.reshape(groups, per_group)
-        streams = np.zeros((groups, group_words), _U64)
-        for place in range(per_group):
-            word, shift = divmod(place * bits, 64)
-            streams[:, word] |= table[:, place] << np.uint64(shift)
-            if shift + bits > 64:
-                streams[:, word + 1] |= table[:, place] >> np.uint64(64 - shift)
-        packed += streams.data.cast("B")
-    return bytes(packed[: -(-len(words) * bits // 8)])
+    for start in range(0, len(words), _BLOCK_VALUES):
+        part = words[start : start + _BLOCK_VALUES]
+        size = -(-len(part) * bits // 8)
+        stream = np.zeros(size + _WINDOW_BYTES, np.uint8)
+        for values, window, shift, spill in _windows(part, stream, bits):
+            wide = values.astype(window.dtype)
+            np.bitwise_or(window, wide << window.dtype.type(shift), out=window)
+            if spill is not None:
+                np.bitwise_or(spill, (wide >> window.dtype.type(64 - shift)).astype(np.uint8), out=spill)
+        packed += stream[:size].data
+    return bytes(packed)
 
 
 def check_packed(ring_lane: RingLane, packed: bytes | memoryview, *, who: str) -> None:
@@ -56,32 +55,35 @@ def check_packed(ring_lane: RingLane, packed: bytes | memoryview, *, who: str) -
 
 def add_packed(total: Words, ring_lane: RingLane, packed: bytes | memoryview) -> None:
     """Add the ring elements of ``packed``, which must have been checked, to ``total`` in place, block by block."""
-    bits, word = ring_lane.ring_bits, ring_lane.word
-    if bits == 8 * word.itemsize:
-        total += np.frombuffer(packed, word)
+    bits = ring_lane.ring_bits
+    if bits == 8 * total.dtype.itemsize:
+        total += np.frombuffer(packed, total.dtype)
         return
-    per_group, group_words = _group(bits)
-    block = _BLOCK_VALUES // per_group * per_group
-    mask = np.uint64((1 << bits) - 1)
     raw = np.frombuffer(packed, np.uint8)
-    for start in range(0, len(total), block):
-        part = total[start : start + block]
-        groups = -(-len(part) // per_group)
-        padded = np.zeros(groups * group_words * 8, np.uint8)
-        source = raw[start * bits // 8 : (start + block) * bits // 8]
-        padded[: len(source)] = source
-        table = padded.view(_U64).reshape(groups, group_words)
-        values = np.empty((groups, per_group), word)
-        for place in range(per_group):
-            index, shift = divmod(place * bits, 64)
-            column = table[:, index] >> np.uint64(shift)
-            if shift + bits > 64:
-                column |= table[:, index + 1] << np.uint64(64 - shift)
-            values[:, place] = column & mask
-        part += values.reshape(-1)[: len(part)]
+    for start in range(0, len(total), _BLOCK_VALUES):
+        part = total[start : start + _BLOCK_VALUES]
+        source = raw[start * bits // 8 : (start + _BLOCK_VALUES) * bits // 8 + 1]
+        stream = np.zeros(len(source) + _WINDOW_BYTES, np.uint8)
+        stream[: len(source)] = source
+        for values, window, shift, spill in _windows(part, stream, bits):
+            column = window >> window.dtype.type(shift)
+            if spill is not None:
+                column |= spill.astype(window.dtype) << window.dtype.type(64 - shift)
+            column &= window.dtype.type((1 << bits) - 1)
+            np.add(values, column.astype(values.dtype, copy=False), out=values)
 
 
-def _group(bits: int) -> tuple[int, int]:
-    """The fewest values of ``bits`` bits that fill whole 64-bit words, and how many words they fill."""
-    common = gcd(bits, 64)
-    return 64 // common, bits // common
+def _windows(values: Words, stream: _Bytes, bits: int) -> Iterator[tuple[Words, Words, int, _Bytes | None]]:
+    """For each place in a group: the values there, the windows that hold their bits, how far these are shifted in them,
+    and the bytes behind the windows where they reach beyond."""
+    per_group = 8 // gcd(bits, 8)
+    stride = per_group * bits // 8
+    word = np.dtype("<u4") if bits + 7 <= 32 else np.dtype("<u8")
+    for place in range(min(per_group, len(values))):
+        own = values[place::per_group]
+        first, shift = divmod(place * bits, 8)
+        window: Words = np.ndarray((len(own),), word, stream, first, (stride,))
+        spill = None
+        if shift + bits > 64:
+            spill = np.ndarray((len(own),), np.uint8, stream, first + _WINDOW_BYTES, (stride,))
+        yield own, window, shift, spill

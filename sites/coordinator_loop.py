@@ -5,9 +5,11 @@ the global model by each released mean update.  All it ever holds of a site are 
 integers; what it learns are sums.
 """
 
+import os
 import secrets
 import time
 from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final
@@ -99,6 +101,7 @@ class CoordinatorLoop:
         self._present: set[SiteId] = set()
         self._excluded: dict[SiteId, str] = {}  # for the rest of the run: site -> code of the error that proves it
         self._roster = manifest.roster
+        self._pool = ThreadPoolExecutor(os.cpu_count(), thread_name_prefix="secureagg-masks")
 
     def run(self) -> list[RoundRecord]:
         """Run every round of the manifest and a last one that evaluates the final model; returns their records.
@@ -135,6 +138,7 @@ class CoordinatorLoop:
             over = control.encode(FederationOver(code=code, payload=self._model))
             for site in self._present.copy():
                 self._send(site, over)
+            self._pool.shutdown()
         return records
 
     # --- presence ---
@@ -198,7 +202,7 @@ class CoordinatorLoop:
             cohort=record.cohort,
             model_digest=model_digest(self._model),
         )
-        machine = Coordinator(parameters=parameters)
+        machine = Coordinator(parameters=parameters, spread=self._pool.map)
         start = control.encode(
             StartRound(run=self._run, round_number=number, purpose=purpose, cohort=record.cohort, payload=self._model)
         )

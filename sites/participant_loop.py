@@ -11,9 +11,11 @@ trains, and the engineer's own thread does nothing but iterate over rounds::
 """
 
 import logging
+import os
 import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -222,6 +224,7 @@ class _Session:
         self._task: _Task | None = None
         self._error: Exception | None = None
         self._stop = threading.Event()
+        self._pool = ThreadPoolExecutor(os.cpu_count(), thread_name_prefix="secureagg-masks")
         self._over = False
         self._thread = threading.Thread(target=self._guarded_loop, name="secureagg-session", daemon=True)
         self._hello_due = 0.0
@@ -293,6 +296,7 @@ class _Session:
                     self._changed.wait_for(self._idle, timeout=LEAVE_SECONDS)
             self._stop.set()
             self._thread.join()
+        self._pool.shutdown()
         if self._endpoint is not None:
             self._endpoint.close()
         if self._journal is not None:
@@ -369,6 +373,7 @@ class _Session:
                 parameters=parameters,
                 journal=self._durable_journal,
                 minimum_survivors=site.minimum_survivors,
+                spread=self._pool.map,
             )
             messages = participant.start()
         except SecureAggregationError as error:

@@ -63,21 +63,25 @@ def test_replayed_from_an_earlier_round() -> None:
         at_the_inputs().coordinator.receive(old, sender=site)
 
 
-def test_oversized() -> None:
-    """Chunks beyond the fixed size are refused before they are summed.  Stopped by the chunk size check."""
+@pytest.mark.parametrize("how", ["larger", "cut in two", "empty chunk", "many empty chunks"])
+def test_cut_in_another_way(how: str) -> None:
+    """An input of another size, or the right one cut into other chunks than all are, is refused before it is summed.
+
+    Stopped by the check of sizes in ``Coordinator._collect_input``.
+    """
     stopped = at_the_inputs()
     site, message = stopped.pending[0]
-    chunk = bytes(MaskedInput.CHUNK_BYTES + 1)
-    large = sign(replace(message, chunks=(chunk,), chunk_digests=(sha256(chunk).digest(),)), stopped.identities[site])
-    with pytest.raises(AuthenticationFailed, match="chunk 0"):
-        stopped.coordinator.receive(large, sender=site)
-    many = (bytes(10),) * 50
-    spread = sign(
-        replace(message, chunks=many, chunk_digests=tuple(sha256(part).digest() for part in many)),
-        stopped.identities[site],
-    )
-    with pytest.raises(MalformedMessage, match="500 bytes of lanes"):
-        stopped.coordinator.receive(spread, sender=site)
+    (whole,) = message.chunks
+    chunks = {
+        "larger": (bytes(MaskedInput.CHUNK_BYTES + 1),),
+        "cut in two": (whole[:1], whole[1:]),
+        "empty chunk": (whole, b""),
+        "many empty chunks": (*(b"",) * 1000, whole),
+    }[how]
+    digests = tuple(sha256(chunk).digest() for chunk in chunks)
+    other = sign(replace(message, chunks=chunks, chunk_digests=digests), stopped.identities[site])
+    with pytest.raises(MalformedMessage, match=f"in {len(chunks)} chunks, expected {len(whole)} in chunks of 1048576"):
+        stopped.coordinator.receive(other, sender=site)
 
 
 def test_another_input_in_a_sites_name() -> None:
