@@ -40,7 +40,9 @@ def test_attacks_name_checks_that_exist() -> None:
     """Each attack's docstring names the check that stops it by a name of the code."""
     code = "".join(path.read_text() for path in (ROOT / "secureagg").glob("*.py"))
     for path in (ROOT / "tests" / "attacks").glob("*.py"):
-        for name in re.findall(r"``(?:[A-Z]\w+\.)?(_?[a-z]\w+)``", path.read_text()):
+        stopped_by = " ".join(re.findall(r"(?:Stopped|Held) by.*?\"\"\"", path.read_text(), re.DOTALL))
+        assert stopped_by, path.name
+        for name in re.findall(r"``(?:[A-Z]\w+\.)?(_?[a-z]\w+)``", stopped_by):
             assert re.search(rf"\b{name}\b", code), (path.name, name)
 
 
