@@ -18,19 +18,20 @@ import numpy as np
 import pytest
 from hypothesis import HealthCheck, event, example, given, settings
 from hypothesis import strategies as st
+from support.packed import unpack
 from support.rounds import StoppedRound
 
 from secureagg import Counts, Lane, MalformedMessage
 from secureagg.codec import HEADER_BYTES, decode_from_coordinator, decode_from_site, encode
 from secureagg.lanes import RingLane
 from secureagg.messages import MaskedInput
-from secureagg.packing import pack, unpack
+from secureagg.packing import pack
 from sites import control
 from sites.control import FederationOver, Hello, Refused, StartRound, Withdraw
 from transport.envelope import Limits, Reassembler, split
 from transport.errors import FrameTooLarge, MalformedFrame
 
-EXAMPLES = int(os.environ.get("SECUREAGG_FUZZ_EXAMPLES", "300"))
+EXAMPLES = int(os.environ.get("SECUREAGG_FUZZ_EXAMPLES", "250"))
 fuzz = settings(
     max_examples=EXAMPLES,
     deadline=None,
@@ -77,6 +78,8 @@ CONTROL_FROM_COORDINATOR = [
         Refused(code="manifest"),
     )
 ]
+
+DECODERS = [decode_from_site, decode_from_coordinator, control.decode_from_site, control.decode_from_coordinator]
 
 # --- hostile bytes ---
 
@@ -378,7 +381,7 @@ def test_the_measure_measures() -> None:
 @pytest.mark.parametrize("head", HUGE, ids=bytes.hex)
 @pytest.mark.parametrize(
     "decode",
-    [decode_from_site, decode_from_coordinator, control.decode_from_site, control.decode_from_coordinator],
+    DECODERS,
     ids=lambda decode: f"{decode.__module__}.{decode.__name__}",
 )
 def test_announced_gigabytes(decode: Callable[[Frames], object], head: bytes) -> None:
@@ -405,9 +408,8 @@ def test_announced_gigabytes(decode: Callable[[Frames], object], head: bytes) ->
 @example(frames=[b"\x91" * 100_000, b""])
 def test_memory_of_hostile_messages(frames: Frames) -> None:
     """No changed message of a few kilobytes costs any decoder more memory than a header may have."""
-    decoders = (decode_from_site, decode_from_coordinator, control.decode_from_site, control.decode_from_coordinator)
     with at_most(HEADER_BYTES):
-        for decode in decoders:
+        for decode in DECODERS:
             try:
                 decode(frames)
             except MalformedMessage:
@@ -417,12 +419,7 @@ def test_memory_of_hostile_messages(frames: Frames) -> None:
 def test_header_above_the_cap_is_not_parsed() -> None:
     """A header of more than the cap is refused before anything is made of it."""
     header = b"\xdd\x00\x80\x00\x01" + bytes(HEADER_BYTES + 1)
-    for decode in (
-        decode_from_site,
-        decode_from_coordinator,
-        control.decode_from_site,
-        control.decode_from_coordinator,
-    ):
+    for decode in DECODERS:
         with at_most(1 << 16), pytest.raises(MalformedMessage):
             decode([header, b""])
 

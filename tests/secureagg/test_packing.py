@@ -4,23 +4,16 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from support.packed import unpack
 
 from secureagg import Counts, Lane, MalformedMessage
-from secureagg.lanes import RingLane, Words
-from secureagg.packing import add_packed, check_packed, pack
+from secureagg.lanes import RingLane
+from secureagg.packing import pack
 
 
 def ring_lane(length: int, bits: int) -> RingLane:
     """A lane of this length in a ring of this width."""
     return RingLane(lane=Lane(name="x", length=length, encoding=Counts(maximum=1)), ring_bits=bits)
-
-
-def unpack(lane: RingLane, packed: bytes, *, who: str) -> Words:
-    """The elements of packed bytes."""
-    check_packed(lane, packed, who=who)
-    total = np.zeros(lane.lane.length, lane.word)
-    add_packed(total, lane, packed)
-    return total
 
 
 def reference(values: list[int], bits: int) -> bytes:

@@ -10,6 +10,7 @@ import copy
 import dataclasses
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping
+from typing import ClassVar
 
 import msgspec
 import numpy as np
@@ -127,7 +128,7 @@ class RoundsUnderAttack(RuleBasedStateMachine):
     are left in this round, so that many rounds get to their end.  ``answers``: every unmask answer ever given.
     """
 
-    tally: Counter[str] = Counter()
+    tally: ClassVar[Counter[str]] = Counter()
 
     @initialize(n=st.integers(3, 6), frugal=st.booleans(), spare=some, corrupt=some, malice=mask, training=mask)
     def begin(self, n: int, frugal: bool, spare: int, corrupt: int, malice: int, training: int) -> None:
@@ -143,7 +144,7 @@ class RoundsUnderAttack(RuleBasedStateMachine):
         self.max_corrupt = corrupt % (most + 1)
         self.threshold = max((n + self.max_corrupt) // 2 + 1, 2) if frugal else threshold
         least = max(self.threshold, self.max_corrupt + 2)
-        self.minimum_survivors = least + spare % (n - least + 1)
+        self.minimum_survivors = min(n, least + spare % 4 // 3)
         self.colluders = frozenset(self.sites[index - self.max_corrupt] for index in range(self.max_corrupt))
         self.number = self.released = 0
         self.pool: list[Flight] = []
@@ -471,9 +472,18 @@ class RoundsUnderAttack(RuleBasedStateMachine):
             self._ask(site, leave_out, foreign=foreign)
 
     @precondition(lambda self: self.malice and not self.over)
-    @rule(victim=some, half=mask | st.just(63), foreign=st.booleans(), ask=st.booleans())
-    def split_the_sites(self, victim: int, half: int, foreign: bool, ask: bool) -> None:
+    @rule(victim=some, half=mask | st.just(63))
+    def split_the_sites(self, victim: int, half: int) -> None:
         """The coordinator shows one victim as alive to some of the sites and as dropped to the others, and asks all."""
+        self._split(victim, half, foreign=False)
+
+    @precondition(lambda self: self.malice and not self.over)
+    @rule(victim=some, half=mask)
+    def split_the_sites_and_mix(self, victim: int, half: int) -> None:
+        """The same, and it fills up the signatures on each list with those on the other."""
+        self._split(victim, half, foreign=True)
+
+    def _split(self, victim: int, half: int, *, foreign: bool) -> None:
         if self._reach(CheckingConsistency):
             self._hurt()
             honest = next(iter(self.lists.values()))
@@ -481,7 +491,7 @@ class RoundsUnderAttack(RuleBasedStateMachine):
             for index, site in enumerate(self.sites):
                 if isinstance(self.participants[site].phase, AwaitingSurvivors):
                     self._show(site, short if half >> index & 1 else honest)
-            for site in sorted(self.signed) if ask else ():
+            for site in sorted(self.signed):
                 self._ask(site, 0, foreign=foreign, survivors_only=True)
 
     @precondition(lambda self: self.malice and (self.unanswered or not self.over))
@@ -508,10 +518,9 @@ class RoundsUnderAttack(RuleBasedStateMachine):
             assert len(aggregate.survivors) >= self.parameters.minimum_survivors
             assert aggregate.totals.keys() == self.parameters.lanes.keys()
             for name, lane in self.parameters.lanes.items():
-                inputs = [
-                    lane.lift(lane.reduce(self.inputs[site].vectors[name].copy())) for site in aggregate.survivors
-                ]
-                np.testing.assert_array_equal(aggregate.totals[name], sum(inputs))
+                words = [self.inputs[site].vectors[name].copy() for site in aggregate.survivors]
+                total = sum(lane.lift(lane.reduce(vector)) for vector in words)
+                np.testing.assert_array_equal(aggregate.totals[name], total)
         else:
             finished = [p for p in self.participants.values() if isinstance(p.phase, ParticipantFinished)]
             assert not finished, "a site believes in a release that never was"
@@ -608,6 +617,5 @@ def test_rounds_under_attack() -> None:
         ),
     )
     assert tally["CoordinatorFinished"] > 0.2 * tally["runs"], tally
-        print(tally)
     for what in ("released with dropouts", "lists shown", "requests forged", "asked again", "restarts"):
-        assert tally[what] > 0.05 * tally["runs"], tally
+        assert tally[what] > 0.02 * tally["runs"], tally

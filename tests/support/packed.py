@@ -1,0 +1,14 @@
+"""Unpacking as a function of its own, from the two steps in which the coordinator does it."""
+
+import numpy as np
+
+from secureagg.lanes import RingLane, Words
+from secureagg.packing import add_packed, check_packed
+
+
+def unpack(ring_lane: RingLane, packed: bytes | memoryview, *, who: str) -> Words:
+    """The ring elements of packed bytes; MalformedMessage naming ``who`` for bytes that are none."""
+    check_packed(ring_lane, packed, who=who)
+    total = np.zeros(ring_lane.lane.length, ring_lane.word)
+    add_packed(total, ring_lane, packed)
+    return total

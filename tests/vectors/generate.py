@@ -1,0 +1,794 @@
+"""Writes the known-answer vectors from the reference implementation: ``cd tests && python -m vectors.generate``.
+
+Nothing here imports ``secureagg``: a vector says what docs/protocol.md means, not what the implementation does.
+"""
+
+import json
+import math
+import sys
+from collections.abc import Iterator
+from hashlib import sha256
+from pathlib import Path
+from typing import Any
+
+from reference import protocol_reference as plain
+
+HERE = Path(__file__).parent / "v1"
+WIDTHS = (8, 9, 13, 16, 20, 24, 31, 32, 33, 47, 63, 64)
+Frames = list[bytes]
+
+
+def as_json(value: Any) -> Any:
+    """``value`` with bytes in hexadecimal and tuples as lists."""
+    if isinstance(value, bytes):
+        return value.hex()
+    if isinstance(value, dict):
+        return {key: as_json(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [as_json(item) for item in value]
+    return value
+
+
+def files() -> dict[str, str]:
+    """File name -> its whole text."""
+    three, four = small_round(), dropout_round()
+    contents = {
+        "roster": roster(),
+        "context": contexts(),
+        "keys": keys(),
+        "shares": shares(),
+        "commitments": commitments(),
+        "masks": masks(),
+        "packing": packing(),
+        "encoding": encodings(),
+        "round": whole_round(*three),
+        "round_dropout": whole_round(*four),
+        "hostile": hostile(*three),
+    }
+    return {f"{name}.json": json.dumps(as_json(item), indent=1) + "\n" for name, item in contents.items()}
+
+
+def write(directory: Path = HERE) -> None:
+    """Write every file into ``directory``."""
+    directory.mkdir(parents=True, exist_ok=True)
+    for name, text in files().items():
+        (directory / name).write_text(text, encoding="utf-8", newline="\n")
+
+
+# --- roster, context ---
+
+
+def founders(n: int) -> dict[str, dict[str, bytes]]:
+    """The first ``n`` sites of the consortium of all vectors: name -> seed, keys and card signature."""
+    sites = {}
+    for name in ("st-anna", "uni-b", "clinic.7", "north_east", "a", "z" * 64)[:n]:
+        entropy = plain.counting_entropy(f"site {name}".encode())
+        seed, transport_key = entropy(32), entropy(32)
+        sites[name] = {
+            "identity_seed": seed,
+            "signing_key": plain.ed25519_public(seed),
+            "transport_key": transport_key,
+            "card_signature": plain.card_signature(seed, name, transport_key),
+        }
+    return sites
+
+
+def members(n: int) -> tuple[plain.Member, ...]:
+    """The roster entries of the first ``n`` sites."""
+    return tuple(plain.Member(name, site["signing_key"], site["transport_key"]) for name, site in founders(n).items())
+
+
+def roster() -> dict[str, Any]:
+    """Cards and roster digests; cards to refuse."""
+    sites = founders(6)
+    first, second = (dict(name=name, **sites[name]) for name in ("st-anna", "uni-b"))
+    refused = {
+        "transport key of another site": ({**first, "transport_key": second["transport_key"]}, "authentication-failed"),
+        "name of another site": ({**first, "name": "uni-b"}, "authentication-failed"),
+        "signature of another site": ({**first, "card_signature": second["card_signature"]}, "authentication-failed"),
+        "short transport key": ({**first, "transport_key": first["transport_key"][:31]}, "parameter"),
+        "name with a capital": ({**first, "name": "St-Anna"}, "parameter"),
+    }
+    return {
+        "cards": [{"name": name, **site} for name, site in sites.items()],
+        "digests": [{"first": n, "digest": plain.roster_digest(members(n))} for n in (3, 4, 6)],
+        "refused": [{"why": why, "card": card, "code": code} for why, (card, code) in refused.items()],
+    }
+
+
+def spec_of(n: int, **changes: Any) -> plain.Round:
+    """A round of the first ``n`` sites under the default thresholds, but for ``changes``."""
+    t = 2 * n // 3 + 1
+    c = min(2 * t - n - 1, t - 2)
+    options = {
+        "consortium": "consortium",
+        "run": "run",
+        "number": 1,
+        "members": members(n),
+        "cohort": tuple(sorted(founders(n))),
+        "own_lanes": (plain.Lane("update", 4, plain.FixedPoint(1.0)),),
+        "threshold": t,
+        "max_corrupt": c,
+        "minimum_survivors": max(t, c + 2),
+        "model_digest": sha256(b"model").digest(),
+    }
+    return plain.Round(**{**options, **changes})
+
+
+def lane_json(lane: plain.Lane) -> dict[str, Any]:
+    """A lane, as the files have it."""
+    match lane.encoding:
+        case plain.FixedPoint(value_range, value_bits, clip):
+            encoding = {"kind": "fixed-point", "value_range": value_range, "value_bits": value_bits, "clip": clip}
+        case plain.Counts(maximum):
+            encoding = {"kind": "counts", "maximum": maximum}
+    return {"name": lane.name, "length": lane.length, "weighted": lane.weighted, "encoding": encoding}
+
+
+def spec_json(spec: plain.Round) -> dict[str, Any]:
+    """A round's parameters, as the files have them, and what is derived from them."""
+    return {
+        "consortium": spec.consortium,
+        "run": spec.run,
+        "round_number": spec.number,
+        "roster": len(spec.members),
+        "cohort": spec.cohort,
+        "threshold": spec.threshold,
+        "max_corrupt": spec.max_corrupt,
+        "minimum_survivors": spec.minimum_survivors,
+        "max_weight": spec.max_weight,
+        "model_digest": spec.model_digest,
+        "lanes": [lane_json(lane) for lane in spec.own_lanes],
+        "ring_bits": {lane.name: spec.bits(lane) for lane in spec.lanes},
+        "parameters": spec.parameters,
+        "context": spec.context,
+    }
+
+
+def contexts() -> list[dict[str, Any]]:
+    """Rounds, their ring widths, parameter digests and contexts."""
+    wide = (
+        plain.Lane("histogram", 300, plain.Counts(1_000_000)),
+        plain.Lane("update", 1 << 20, plain.FixedPoint(0.25, 16, clip=True), weighted=True),
+        plain.Lane("after", 1, plain.FixedPoint(1e-3, 32)),
+        plain.Lane("scaled", 2, plain.Counts(7), weighted=True),
+    )
+    return [
+        spec_json(spec)
+        for spec in (
+            spec_of(3),
+            spec_of(3, number=2),
+            spec_of(3, members=members(6)),
+            spec_of(3, consortium="Verbund Süd", run="2"),
+            spec_of(3, consortium="Verbund", run="Süd2"),
+            spec_of(4, max_weight=10),
+            spec_of(4, number=2**63 - 1, max_weight=10**6, own_lanes=wide),
+            spec_of(6, members=members(6), own_lanes=wide, max_weight=1, minimum_survivors=6, max_corrupt=0),
+        )
+    ]
+
+
+# --- keys, shares, commitments ---
+
+
+def keys() -> dict[str, Any]:
+    """X25519, every derived key, sealed shares."""
+    entropy = plain.counting_entropy(b"keys")
+    secrets = [entropy(32), entropy(32), bytes(32), b"\xff" * 32]
+    roster_digest, context = entropy(32), entropy(32)
+    seed = entropy(32)
+    agreements = [
+        {
+            "secret": mine,
+            "public": plain.x25519_public(mine),
+            "peer_public": plain.x25519_public(peer),
+            "shared": plain.x25519(mine, plain.x25519_public(peer)),
+        }
+        for mine, peer in zip(secrets, secrets[1:] + secrets[:1], strict=True)
+    ]
+    shared = agreements[0]["shared"]
+    derived = [
+        {
+            "purpose": purpose,
+            "secret": secret,
+            "names": names,
+            "key": plain.derive(roster_digest, context, secret, purpose, *names),
+        }
+        for purpose, secret, names in (
+            ("pairwise-mask", shared, ["update", "a", "b"]),
+            ("pairwise-mask", shared, ["update/clipped", "a", "b"]),
+            ("pairwise-mask", shared, ["update", "a", "c"]),
+            ("self-mask", seed, ["update", "a"]),
+            ("self-mask", seed, ["canary", "b"]),
+            ("channel", shared, ["a", "b"]),
+            ("channel", shared, ["b", "a"]),
+        )
+    ]
+    plaintext = entropy(66)
+    sealed = [
+        {
+            "secret": shared,
+            "sender": sender,
+            "recipient": recipient,
+            "shares": plaintext,
+            "sealed": plain.seal(roster_digest, context, shared, plaintext, sender, recipient),
+        }
+        for sender, recipient in (("a", "b"), ("b", "a"))
+    ]
+    low_order = [bytes(32), (1).to_bytes(32, "little"), (2**255 - 20).to_bytes(32, "little")]
+    return {
+        "x25519": agreements,
+        "low_order": low_order,
+        "roster": roster_digest,
+        "context": context,
+        "derived": derived,
+        "sealed": sealed,
+    }
+
+
+def shares() -> dict[str, Any]:
+    """Shamir shares with the entropy that they were drawn from, subsets that give the secret, and values to refuse."""
+    dealt = []
+    cases = (
+        (bytes(32), 2, [1, 2, 3], [[1, 2], [2, 3]]),
+        (b"\xff" * 32, 3, [1, 3, 4, 6], [[1, 3, 4], [1, 4, 6]]),
+        (sha256(b"secret").digest(), 5, [1, 2, 3, 5, 999, 1000], [[1, 2, 3, 5, 999], [2, 3, 5, 999, 1000]]),
+    )
+    for secret, threshold, positions, subsets in cases:
+        entropy = plain.counting_entropy(b"shares")
+        draws = [entropy(48) for _ in range(threshold - 1)]
+        replay = iter(draws)
+        given = plain.shamir_share(secret, threshold, positions, lambda _, replay=replay: next(replay))
+        assert all(plain.shamir_reconstruct({at: given[at] for at in subset}) == secret for subset in subsets)
+        dealt.append(
+            {
+                "secret": secret,
+                "threshold": threshold,
+                "entropy": draws,
+                "shares": {str(at): share for at, share in given.items()},
+                "subsets": subsets,
+            }
+        )
+    field_end = plain.PRIME.to_bytes(33, "little")
+    return {
+        "prime": plain.PRIME.to_bytes(33, "little"),
+        "dealt": dealt,
+        "accepted": [bytes(33), (plain.PRIME - 1).to_bytes(33, "little")],
+        "refused": [field_end, b"\xff" * 33, bytes(32), bytes(34)],
+        # The secret of these would be 2^256: a field element, but no 32 bytes.
+        "no_secret": {"shares": {str(at): (2**256).to_bytes(33, "little") for at in (1, 2)}},
+    }
+
+
+def commitments() -> dict[str, Any]:
+    """Commitments to a seed and to a holder's shares."""
+    entropy = plain.counting_entropy(b"commitments")
+    context, seed, mask_key_share, seed_share = entropy(32), entropy(32), entropy(33), entropy(33)
+    return {
+        "context": context,
+        "seeds": [{"site": "a", "seed": seed, "commitment": plain.seed_commitment(context, "a", seed)}],
+        "shares": [
+            {
+                "owner": owner,
+                "holder": holder,
+                "mask_key_share": mask_key_share,
+                "self_seed_share": seed_share,
+                "commitments": plain.share_commitments(context, owner, holder, mask_key_share, seed_share),
+            }
+            for owner, holder in (("a", "b"), ("b", "a"), ("a", "a"))
+        ],
+    }
+
+
+# --- masks, packing, encoding ---
+
+
+def masks() -> dict[str, Any]:
+    """First bytes of keystreams, as bytes and as words; masks over a few ring elements."""
+    entropy = plain.counting_entropy(b"masks")
+    streams = []
+    for key in (bytes(32), entropy(32)):
+        words = {str(bits): plain.mask(key, 64 * 8 // bits // 4, bits) for bits in (8, 16, 32, 64)}
+        streams.append({"key": key, "first_bytes": plain.keystream(key, 64), "words": words})
+    masked = []
+    for bits in (8, 12, 16, 20, 32, 40, 64):
+        values = [0, 1, 2**bits - 1, *(int.from_bytes(entropy(8), "little") % 2**bits for _ in range(2))]
+        key_signs = [(entropy(32), 1), (entropy(32), -1)]
+        result = values
+        for key, sign in key_signs:
+            result = plain.add_mask(result, sign, key, bits)
+        named = [{"key": key, "sign": sign} for key, sign in key_signs]
+        masked.append({"ring_bits": bits, "values": values, "masks": named, "masked": result})
+    return {"keystreams": streams, "masked": masked}
+
+
+def packing() -> dict[str, Any]:
+    """Ring elements and their packed bytes; bytes to refuse."""
+    packed = []
+    for bits in WIDTHS:
+        for length in (1, 5, 17):
+            entropy = plain.counting_entropy(f"packing {bits} {length}".encode())
+            values = [int.from_bytes(entropy(8), "little") % 2**bits for _ in range(length)]
+            values[-1] = 2**bits - 1
+            packed.append({"ring_bits": bits, "values": values, "packed": plain.pack(values, bits)})
+    refused = [
+        {"ring_bits": 9, "length": 1, "packed": b"\x00\x02"},
+        {"ring_bits": 20, "length": 3, "packed": bytes(7) + b"\x80"},
+        {"ring_bits": 20, "length": 3, "packed": bytes(7)},
+        {"ring_bits": 16, "length": 2, "packed": bytes(5)},
+    ]
+    return {"packed": packed, "refused": refused}
+
+
+def encodings() -> list[dict[str, Any]]:
+    """Fixed-point values, coins and the ring elements that they become, times a weight."""
+    results = []
+    for value_range, value_bits, clip, weight in (
+        (1.0, 16, False, None),
+        (1.0, 2, False, None),
+        (0.1, 16, False, 7),
+        (3.0, 32, False, 1000),
+        (1.0, 16, True, None),
+        (0.3, 24, True, 5),
+    ):
+        key = sha256(f"{value_range} {value_bits} {clip} {weight}".encode()).digest()
+        values = [part * value_range for part in (0.0, 1.0, -1.0, 0.5, -0.5, 1 / 3, -0.7, 1e-9, -1e-9, 0.9999999, 0.1)]
+        values += [1.5 * value_range, -100.0, value_range * (1 + 2**-50)] if clip else []
+        values += close_calls(len(values), value_range, value_bits, key) if value_bits == 32 else []
+        lane = plain.Lane("x", len(values), plain.FixedPoint(value_range, value_bits, clip), weight is not None)
+        spec = spec_of(3, own_lanes=(lane,), max_weight=None if weight is None else 1000)
+        encoded = plain.encode_input(spec, {"x": values}, weight, lambda _, key=key: key)
+        results.append(
+            {
+                "lane": lane_json(lane),
+                "cohort": 3,
+                "max_weight": spec.max_weight,
+                "weight": weight,
+                "values": values,
+                "coins_key": key,
+                "ring_bits": {lane.name: spec.bits(lane) for lane in spec.lanes},
+                "encoded": encoded,
+            }
+        )
+    return results
+
+
+def close_calls(first: int, value_range: float, value_bits: int, key: bytes) -> list[float]:
+    """Values, at places from ``first``, that x * levels / range rounds otherwise than x * (levels / range) does."""
+    coins = plain.keystream(key, 4 * (first + 4))
+    found = []
+    for place in range(first, first + 4):
+        coin = int.from_bytes(coins[4 * place : 4 * place + 4], "little")
+        found.append(next(close_call(value_range, 2 ** (value_bits - 1) - 1, coin)))
+    return found
+
+
+def close_call(value_range: float, levels: int, coin: int) -> Iterator[float]:
+    """Floats whose fraction is as near to the coin's as two orders of the same operations are to each other."""
+    for whole in range(1_000_003, levels, 1_000_003):
+        value = (whole + coin / 2**32) / levels * value_range
+        for near in (value, math.nextafter(value, 0), math.nextafter(value, math.inf)):
+            if rounds_up(near * (levels / value_range), coin) != rounds_up(near * levels / value_range, coin):
+                yield near
+
+
+def rounds_up(scaled: float, coin: int) -> bool:
+    """Whether the coin rounds a scaled value up."""
+    return coin < (scaled - math.floor(scaled)) * 2.0**32
+
+
+# --- whole rounds ---
+
+
+class Recorded:
+    """A stream of entropy that keeps what was drawn."""
+
+    def __init__(self, seed: str) -> None:
+        self.draws: list[bytes] = []
+        self._entropy = plain.counting_entropy(seed.encode())
+
+    def __call__(self, length: int) -> bytes:
+        """The next bytes."""
+        self.draws.append(self._entropy(length))
+        return self.draws[-1]
+
+
+Setting = tuple[plain.Round, dict[str, plain.SiteInput], dict[str, str]]
+
+
+def site_inputs(spec: plain.Round, values: dict[str, dict[str, list]], weights: dict[str, int] | None) -> dict:
+    """What each site of the cohort brings."""
+    return {
+        name: plain.SiteInput(
+            identity_seed=founders(6)[name]["identity_seed"],
+            entropy=Recorded(f"{spec.run} {name}"),
+            coins=Recorded(f"{spec.run} {name} coins"),
+            values=values[name],
+            weight=None if weights is None else weights[name],
+        )
+        for name in spec.cohort
+    }
+
+
+def small_round() -> Setting:
+    """Three sites, two lanes, weights, nobody drops out."""
+    lanes = (
+        plain.Lane("update", 5, plain.FixedPoint(1.0), weighted=True),
+        plain.Lane("histogram", 3, plain.Counts(100)),
+    )
+    spec = spec_of(3, run="three sites", own_lanes=lanes, max_weight=10)
+    values = {
+        name: {"update": [-1.0, -0.3 * at, 0.0, 0.25 / at, 1.0], "histogram": [at, 0, 100]}
+        for at, name in enumerate(spec.cohort, start=1)
+    }
+    weights = {name: 3 * at for at, name in enumerate(spec.cohort, start=1)}
+    return spec, site_inputs(spec, values, weights), {}
+
+
+def dropout_round() -> Setting:
+    """Four sites, a lane that clips, no weights; one site shares its keys and sends no input."""
+    spec = spec_of(4, run="four sites", number=7, own_lanes=(plain.Lane("update", 6, plain.FixedPoint(0.5, 8, True)),))
+    values = {
+        name: {"update": [0.5, -0.7, 0.01 * at, 1.0, -0.2 / at, 0.0]} for at, name in enumerate(spec.cohort, start=1)
+    }
+    return spec, site_inputs(spec, values, None), {spec.cohort[1]: "CollectingMaskedInputs"}
+
+
+def whole_round(spec: plain.Round, inputs: dict[str, plain.SiteInput], silent_from: dict[str, str]) -> dict[str, Any]:
+    """All that goes into a round and all that comes out of it."""
+    transcript = plain.run_round(spec, inputs, silent_from)
+    return {
+        "parameters": spec_json(spec),
+        "sites": {
+            name: {
+                "entropy": item.entropy.draws,
+                "coins": item.coins.draws,
+                "values": item.values,
+                "weight": item.weight,
+                "encoded": transcript.encoded[name],
+            }
+            for name, item in inputs.items()
+        },
+        "silent_from": silent_from,
+        "phases": [
+            {"phase": phase, "from_sites": transcript.from_sites[phase], "to_sites": transcript.to_sites[phase]}
+            for phase in plain.PHASES
+        ],
+        "survivors": transcript.survivors,
+        "totals": transcript.totals,
+        "aggregate_digest": transcript.digest,
+    }
+
+
+# --- hostile messages ---
+
+
+class Honest:
+    """The honest messages of a round of three, as lists of fields, for somebody to change."""
+
+    def __init__(self, spec: plain.Round, inputs: dict[str, plain.SiteInput]) -> None:
+        # fresh streams: those of ``inputs`` may have been drawn from already
+        self.spec, self.names = spec, spec.cohort
+        self.seeds = {name: item.identity_seed for name, item in inputs.items()}
+        entropy = {name: Recorded(f"{spec.run} {name}") for name in inputs}
+        coins = {name: Recorded(f"{spec.run} {name} coins") for name in inputs}
+        self.sites = {name: plain.Site(spec, name, self.seeds[name], entropy[name]) for name in inputs}
+        encoded = {
+            name: plain.encode_input(spec, item.values, item.weight, coins[name]) for name, item in inputs.items()
+        }
+        self.advertisements = {name: site.advertise() for name, site in self.sites.items()}
+        self.keys = plain.cohort_keys(spec, self.advertisements)
+        self.shares = {name: site.share(self.keys) for name, site in self.sites.items()}
+        self.deliveries = {name: plain.share_delivery(spec, self.shares, name) for name in self.sites}
+        sent = {name: site.masked_input(self.deliveries[name], encoded[name]) for name, site in self.sites.items()}
+        self.inputs = {name: message for name, (message, _) in sent.items()}
+        self.chunks = {name: chunks for name, (_, chunks) in sent.items()}
+        self.survivors = plain.survivor_list(spec, self.inputs)
+        self.signatures = {name: site.sign_survivors(self.survivors) for name, site in self.sites.items()}
+        self.request = plain.unmask_request(spec, self.signatures)
+        self.answers = {name: site.unmask_shares() for name, site in self.sites.items()}
+        totals = plain.recover(spec, self.advertisements, self.shares, self.chunks, self.answers)
+        self.receipt = plain.round_receipt(spec, totals, len(self.names))
+
+    def signed(self, message: list, **fields: Any) -> list:
+        """``message`` with some fields changed (f4=..., by place) and signed again by its sender."""
+        changed = list(message)
+        for place, value in fields.items():
+            changed[int(place[1:])] = value
+        return plain.signed(self.seeds[message[2]], changed)
+
+
+def flipped(raw: bytes, at: int = 0) -> bytes:
+    """``raw`` with one bit changed."""
+    return raw[:at] + bytes([raw[at] ^ 1]) + raw[at + 1 :]
+
+
+def bytes_of(message: list) -> Frames:
+    """The one frame of a message."""
+    return [plain.messagepack(message)]
+
+
+def hostile(spec: plain.Round, inputs: dict[str, plain.SiteInput], _silent: dict[str, str]) -> dict[str, Any]:
+    """Bytes that a machine must refuse, and the code of the error."""
+    honest = Honest(spec, inputs)
+    return {
+        "round": "round.json",
+        "to_sites": [
+            {"name": name, "machine": honest.names[0], "phase": phase, "frames": frames, "code": code}
+            for name, phase, frames, code in [
+                *hostile_cohort_keys(honest),
+                *hostile_deliveries(honest),
+                *hostile_lists(honest),
+            ]
+        ],
+        "to_coordinator": [
+            {
+                "name": name,
+                "machine": "coordinator",
+                "phase": phase,
+                "received_from": received,
+                "sender": sender,
+                "frames": frames,
+                "code": code,
+            }
+            for name, phase, received, sender, frames, code in hostile_to_coordinator(honest)
+        ],
+    }
+
+
+SiteCase = tuple[str, str, Frames, str]
+
+
+def hostile_cohort_keys(honest: Honest) -> list[SiteCase]:
+    """Advertisements that the first site must not believe."""
+    first, second, third = (honest.advertisements[name] for name in honest.names)
+    frame = plain.messagepack(honest.keys)
+    other_key = plain.x25519_public(sha256(b"another key").digest())
+    phase, malformed, failed = "AwaitingCohortKeys", "malformed-message", "authentication-failed"
+
+    def keys(*advertisements: list) -> Frames:
+        return bytes_of([*honest.keys[:2], list(advertisements)])
+
+    nested_context = honest.signed(third, f1=sha256(b"another context").digest())
+    stranger = founders(4)["north_east"]["identity_seed"]
+    fourth = plain.signed(stranger, [third[0], third[1], "north_east", b"", other_key, plain.x25519_public(bytes(32))])
+    return [
+        ("trailing byte", phase, [frame + b"\x00"], malformed),
+        ("truncated by a byte", phase, [frame[:-1]], malformed),
+        ("array in a longer form", phase, [b"\xdc\x00\x03" + frame[1:]], malformed),
+        ("tag in a longer form", phase, [frame[:1] + b"\xd9\x0b" + frame[2:]], malformed),
+        ("tag as bytes", phase, [frame[:1] + b"\xc4\x0b" + frame[2:]], malformed),
+        ("context as text", phase, bytes_of([honest.keys[0], "c" * 32, honest.keys[2]]), malformed),
+        ("field too many", phase, bytes_of([*honest.keys, 0]), malformed),
+        ("field missing", phase, bytes_of(honest.keys[:2]), malformed),
+        ("map instead of array", phase, [b"\x80"], malformed),
+        ("unknown tag", phase, bytes_of(["cohort-key", *honest.keys[1:]]), malformed),
+        ("empty frame", phase, [b""], malformed),
+        ("second frame", phase, [frame, b""], malformed),
+        ("message of a site", phase, bytes_of(first), malformed),
+        (
+            "wrong context",
+            phase,
+            bytes_of([honest.keys[0], flipped(honest.keys[1]), honest.keys[2]]),
+            "unexpected-message",
+        ),
+        ("message of a later phase", phase, bytes_of(honest.survivors), "unexpected-message"),
+        ("too few advertisements", phase, keys(first, second), "threshold-not-met"),
+        ("advertisement listed twice", phase, keys(first, second, third, third), malformed),
+        ("own advertisement with another key", phase, keys(honest.signed(first, f4=other_key), second, third), failed),
+        ("substituted key", phase, keys(first, second, [*third[:4], other_key, third[5]]), failed),
+        ("advertisement signed for another context", phase, keys(first, second, nested_context), failed),
+        ("duplicate key of a peer", phase, keys(first, second, honest.signed(third, f4=second[4])), failed),
+        ("one key in both roles", phase, keys(first, second, honest.signed(third, f4=third[5])), failed),
+        ("mask key of low order", phase, keys(first, second, honest.signed(third, f4=bytes(32))), failed),
+        ("channel key of low order", phase, keys(first, second, honest.signed(third, f5=b"\x01" + bytes(31))), failed),
+        ("short key", phase, keys(first, second, honest.signed(third, f4=third[4][:31])), failed),
+        ("site outside the cohort", phase, keys(first, fourth, second, third), "unexpected-message"),
+    ]
+
+
+def hostile_deliveries(honest: Honest) -> list[SiteCase]:
+    """Shares that the first site must not take."""
+    me, second, third = honest.names
+    phase, malformed, failed = "AwaitingShares", "malformed-message", "authentication-failed"
+    tag, context, committed, sealed = honest.deliveries[me]
+
+    def delivery(commitments: list, ciphertexts: list) -> Frames:
+        return bytes_of([tag, context, commitments, ciphertexts])
+
+    def sealed_by_third(shares_of_me: bytes) -> list:
+        """The ciphertext of other shares, which the third site itself made."""
+        site, spec = honest.sites[third], honest.spec
+        secret = plain.x25519(site.channel_secret, site.channel_keys[me])
+        return [sealed[0], [third, plain.seal(spec.roster, context, secret, shares_of_me, third, me)]]
+
+    # What the third site sealed for the second one, given to the first.
+    for_second = dict(honest.shares[third][6])[second]
+    share = honest.sites[me].held[third]
+    wrong = (int.from_bytes(share[1], "little") + 1) % plain.PRIME
+    swapped = [[second, sealed[1][1]], [third, sealed[0][1]]]
+    beyond = share[0] + plain.PRIME.to_bytes(33, "little")
+    return [
+        ("tampered ciphertext", phase, delivery(committed, [sealed[0], [third, flipped(sealed[1][1], 5)]]), failed),
+        ("tampered tag", phase, delivery(committed, [sealed[0], [third, flipped(sealed[1][1], 81)]]), failed),
+        ("short ciphertext", phase, delivery(committed, [sealed[0], [third, b"short"]]), failed),
+        ("swapped ciphertexts", phase, delivery(committed, swapped), failed),
+        ("ciphertext for another recipient", phase, delivery(committed, [sealed[0], [third, for_second]]), failed),
+        ("swapped commitments", phase, delivery([[second, committed[1][1]], [third, committed[0][1]]], sealed), failed),
+        (
+            "wrong share dealt",
+            phase,
+            delivery(committed, sealed_by_third(share[0] + wrong.to_bytes(33, "little"))),
+            failed,
+        ),
+        ("share not below the prime", phase, delivery(committed, sealed_by_third(beyond)), malformed),
+        ("shares a byte short", phase, delivery(committed, sealed_by_third(b"".join(share)[:-1])), malformed),
+        ("too few sharers", phase, delivery(committed[:1], sealed[:1]), "threshold-not-met"),
+        ("commitment missing", phase, delivery(committed[:1], sealed), malformed),
+        ("names out of order", phase, delivery(committed, sealed[::-1]), malformed),
+        ("name repeated", phase, delivery(committed, [sealed[0], *sealed]), malformed),
+        (
+            "shares of a site that advertised nothing",
+            phase,
+            delivery([[second, committed[0][1]], ["uni-c", bytes(64)]], [sealed[0], ["uni-c", bytes(82)]]),
+            "unexpected-message",
+        ),
+        ("second cohort keys", phase, bytes_of(honest.keys), "unexpected-message"),
+    ]
+
+
+def hostile_lists(honest: Honest) -> list[SiteCase]:
+    """Survivor lists, unmask requests and receipts that the first site must refuse."""
+    me, _, third = honest.names
+    context = honest.spec.context
+    listed, signatures = honest.survivors[2], honest.request[2]
+    receipt = honest.receipt
+    inconsistent, failed, malformed = "inconsistent-survivors", "authentication-failed", "malformed-message"
+
+    def survivors(*pairs: list) -> Frames:
+        return bytes_of(["survivor-list", context, list(pairs)])
+
+    def request(*pairs: list) -> Frames:
+        return bytes_of(["unmask-request", context, list(pairs)])
+
+    def with_canary(encoded: bytes) -> Frames:
+        """The receipt with other bytes in place of the one of the canary; the digest behind it has 2 + 32."""
+        raw = plain.messagepack(receipt)
+        return [raw[:-35] + encoded + raw[-34:]]
+
+    other_list = ["survivor-list", context, [listed[0], listed[1], [third, flipped(listed[2][1])]]]
+    on_other_list = plain.ed25519(honest.seeds[third], "survivors", context, plain.messagepack(other_list))
+    at_list, at_request, at_receipt = "AwaitingSurvivors", "AwaitingUnmaskRequest", "AwaitingReceipt"
+    other_context = sha256(b"another context").digest()
+    elsewhere = plain.ed25519(honest.seeds[third], "survivors", other_context, plain.messagepack(honest.survivors))
+    return [
+        ("another input in the own name", at_list, survivors([me, flipped(listed[0][1])], *listed[1:]), inconsistent),
+        ("survivor that shared nothing", at_list, survivors(*listed, ["zz", bytes(32)]), inconsistent),
+        ("too few survivors", at_list, survivors(*listed[:2]), "threshold-not-met"),
+        ("survivors out of order", at_list, survivors(*listed[::-1]), malformed),
+        ("short input digest", at_list, survivors(*listed[:2], [third, listed[2][1][:31]]), malformed),
+        ("list of another round", at_list, bytes_of(["survivor-list", other_context, listed]), "unexpected-message"),
+        ("second survivor list", at_request, bytes_of(other_list), "unexpected-message"),
+        ("the same survivor list again", at_request, bytes_of(honest.survivors), "unexpected-message"),
+        ("too few signatures", at_request, request(*signatures[:2]), "threshold-not-met"),
+        ("no signatures", at_request, request(), "threshold-not-met"),
+        ("signature on another list", at_request, request(*signatures[:2], [third, on_other_list]), failed),
+        ("signature in another context", at_request, request(*signatures[:2], [third, elsewhere]), failed),
+        ("one signature for two", at_request, request(*signatures[:2], [third, signatures[1][1]]), failed),
+        ("signer named twice", at_request, request(*signatures[:2], signatures[1]), malformed),
+        ("signer who is no survivor", at_request, request(*signatures, ["zz", bytes(64)]), inconsistent),
+        ("second unmask request", at_receipt, bytes_of(honest.request), "unexpected-message"),
+        ("canary of another sum", at_receipt, bytes_of([*receipt[:3], 2, receipt[4]]), inconsistent),
+        ("receipt for fewer survivors", at_receipt, bytes_of([*receipt[:2], 2, 2, receipt[4]]), inconsistent),
+        ("negative canary", at_receipt, with_canary(b"\xff"), inconsistent),
+        ("canary in a longer form", at_receipt, with_canary(b"\xcc\x03"), malformed),
+    ]
+
+
+CoordinatorCase = tuple[str, str, list[str], str, Frames, str]
+
+
+def hostile_to_coordinator(honest: Honest) -> list[CoordinatorCase]:
+    """What the coordinator must refuse of the last site, after it received what the named sites sent in the phase."""
+    spec, names = honest.spec, honest.names
+    *others, liar = names
+    first = names[0]
+    advertisement, sharing = honest.advertisements[liar], honest.shares[liar]
+    masked, chunks, answer = honest.inputs[liar], honest.chunks[liar], honest.answers[liar]
+    malformed, failed, unexpected = "malformed-message", "authentication-failed", "unexpected-message"
+    keys, secrets, sums, lists, end = plain.PHASES
+
+    def resized(packed: bytes) -> Frames:
+        return [*bytes_of(honest.signed(masked, f4=[sha256(packed).digest()])), packed]
+
+    padded = bytearray(chunks[0])
+    padded[8 + -(-3 * 9 // 8) - 1] |= 0x80  # behind the canary: the histogram's last byte
+    seeds = answer[4]
+    wrong = ((int.from_bytes(seeds[0][1], "little") + 1) % plain.PRIME).to_bytes(33, "little")
+    beyond = plain.PRIME.to_bytes(33, "little")
+    both = [[first, honest.sites[liar].held[first][0]]]
+    other_list = ["survivor-list", spec.context, honest.survivors[2][:2]]
+    on_other_list = plain.ed25519(honest.seeds[liar], "survivors", spec.context, plain.messagepack(other_list))
+    committed, sealed = sharing[5], sharing[6]
+
+    def advertised(**changes: Any) -> Frames:
+        return bytes_of(honest.signed(advertisement, **changes))
+
+    def shared(**changes: Any) -> Frames:
+        return bytes_of(honest.signed(sharing, **changes))
+
+    def answered(**changes: Any) -> Frames:
+        return bytes_of(honest.signed(answer, **changes))
+
+    raw = plain.messagepack(advertisement)
+    a_key = honest.advertisements[first][5]
+    other_context = advertised(f1=sha256(b"another context").digest())
+    stranger = [*advertisement[:2], "north_east", b"", *advertisement[4:]]
+    stranger = plain.signed(founders(4)["north_east"]["identity_seed"], stranger)
+    return [
+        ("trailing byte", keys, [], liar, [raw + b"\x00"], malformed),
+        ("array in a longer form", keys, [], liar, [b"\xdc\x00\x06" + raw[1:]], malformed),
+        ("message of the coordinator", keys, [], liar, bytes_of(honest.keys), malformed),
+        ("wrong context", keys, [], liar, other_context, unexpected),
+        ("sender that the connection is not of", keys, [], first, [raw], failed),
+        (
+            "signature changed",
+            keys,
+            [],
+            liar,
+            bytes_of([*advertisement[:3], flipped(advertisement[3]), *advertisement[4:]]),
+            failed,
+        ),
+        ("key changed after signing", keys, [], liar, bytes_of([*advertisement[:5], a_key]), failed),
+        ("key of a peer", keys, others, liar, advertised(f4=a_key), failed),
+        ("one key in both roles", keys, [], liar, advertised(f5=advertisement[4]), failed),
+        ("key of low order", keys, [], liar, advertised(f4=bytes(32)), failed),
+        ("short key", keys, [], liar, advertised(f4=bytes(31)), failed),
+        ("second advertisement", keys, [liar], liar, [raw], "duplicate-message"),
+        ("site outside the cohort", keys, [], "north_east", bytes_of(stranger), unexpected),
+        ("shares before keys", keys, [], liar, bytes_of(sharing), unexpected),
+        ("recipient missing", secrets, others, liar, shared(f6=sealed[:1]), malformed),
+        ("recipients out of order", secrets, others, liar, shared(f6=sealed[::-1]), malformed),
+        ("holder missing", secrets, others, liar, shared(f5=committed[:2]), malformed),
+        (
+            "short commitment to a share",
+            secrets,
+            others,
+            liar,
+            shared(f5=[*committed[:2], [liar, bytes(63)]]),
+            malformed,
+        ),
+        ("short commitment to the seed", secrets, others, liar, shared(f4=bytes(31)), malformed),
+        ("masked input a byte short", sums, others, liar, resized(chunks[0][:-1]), malformed),
+        ("masked input a byte long", sums, others, liar, resized(chunks[0] + b"\x00"), malformed),
+        ("padding bits set", sums, others, liar, resized(bytes(padded)), malformed),
+        ("chunk changed", sums, others, liar, [*bytes_of(masked), flipped(chunks[0])], failed),
+        ("chunk missing", sums, others, liar, bytes_of(masked), malformed),
+        ("chunk too many", sums, others, liar, [*bytes_of(masked), *chunks, b""], malformed),
+        ("chunk inside the message", sums, others, liar, [*bytes_of([*masked[:5], chunks]), *chunks], malformed),
+        (
+            "masked input twice",
+            sums,
+            [first],
+            first,
+            [*bytes_of(honest.inputs[first]), *honest.chunks[first]],
+            "duplicate-message",
+        ),
+        (
+            "signature on another list",
+            lists,
+            others,
+            liar,
+            bytes_of(honest.signed(honest.signatures[liar], f4=on_other_list)),
+            failed,
+        ),
+        ("wrong share", end, others, liar, answered(f4=[[first, wrong], *seeds[1:]]), failed),
+        ("share not below the prime", end, others, liar, answered(f4=[[first, beyond], *seeds[1:]]), malformed),
+        ("short share", end, others, liar, answered(f4=[[first, seeds[0][1][:32]], *seeds[1:]]), malformed),
+        ("share missing", end, others, liar, answered(f4=seeds[1:]), malformed),
+        ("both shares of a survivor", end, others, liar, answered(f5=both), malformed),
+    ]
+
+
+if __name__ == "__main__":
+    write(*map(Path, sys.argv[1:2]))
