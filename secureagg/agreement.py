@@ -15,6 +15,7 @@ from secureagg.errors import AuthenticationFailed
 from secureagg.identity import KEY_BYTES, Entropy, SiteId
 from secureagg.parameters import RoundParameters
 
+_FIELD = 2**255 - 19  # of Curve25519; X25519 also accepts keys above it, and ignores the highest bit
 # Each channel key seals exactly one message, so a constant nonce is never repeated under a key.
 _NONCE = bytes(12)
 
@@ -40,8 +41,11 @@ class KeyPair:
     def agree(self, public: bytes, *, who: str) -> bytes:
         """The 32-byte secret shared with the holder of ``public``.
 
-        Raises AuthenticationFailed naming ``who`` for a key of low order, with which the secret would be known to all.
+        Raises AuthenticationFailed naming ``who`` for a key of low order, with which the secret would be known to all,
+        and for a second form of a key, which would be taken for another one.
         """
+        if len(public) != KEY_BYTES or int.from_bytes(public, "little") >= _FIELD:
+            raise AuthenticationFailed(f"{who}: not an X25519 key in its one form")
         try:
             return self._key.exchange(X25519PublicKey.from_public_bytes(public))
         except ValueError as error:

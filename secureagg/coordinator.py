@@ -9,6 +9,7 @@ says that the time is up; then the round goes on with those who answered, or end
 """
 
 from collections.abc import Callable, Iterable
+from copy import copy
 from dataclasses import dataclass
 from hashlib import sha256
 from typing import Any, Final
@@ -234,7 +235,7 @@ class Coordinator:
         try:
             self._phase, outbound = self._next(phase)
         except SecureAggregationError as error:
-            self._phase = Aborted(error)
+            self._phase = Aborted(copy(error))  # without the traceback, whose frames would keep reconstructed secrets
             return self._to(self._parameters.cohort, RoundFailed(context=self._parameters.context, code=error.code))
         return outbound
 

@@ -4,7 +4,6 @@ A lane's ring is the integers modulo 2^b, where b is the least width in which th
 around.  A lane for which no such width exists is refused when it is built; nothing can overflow later.
 """
 
-import math
 import re
 from dataclasses import dataclass
 from numbers import Real
@@ -49,8 +48,9 @@ class FixedPoint:
 
     def __post_init__(self) -> None:
         found: object = self.value_range
-        if not isinstance(found, Real) or not 0 < float(found) < math.inf:
-            raise ParameterError(f"value_range: found {found!r}, expected a finite number above 0")
+        # Far from these bounds no product or quotient of a range, a level and a total leaves what a double can hold.
+        if not isinstance(found, Real) or not 2.0**-100 <= float(found) <= 2.0**100:
+            raise ParameterError(f"value_range: found {found!r}, expected a number from 2^-100 to 2^100")
         object.__setattr__(self, "value_bits", integer(self.value_bits, what="value_bits"))
         if not 2 <= self.value_bits <= 32:
             raise ParameterError(f"value_bits: found {self.value_bits}, expected 2 to 32")

@@ -10,6 +10,7 @@ whole list of what may happen when.
 
 import os
 from collections.abc import Callable
+from copy import copy
 from hashlib import sha256
 from types import MappingProxyType
 from typing import Any, Final, Protocol, TypeVar
@@ -378,7 +379,8 @@ class Participant:
         return replies
 
     def _abort(self, error: SecureAggregationError) -> None:
-        self._phase, self._input = Aborted(error), None
+        # A copy has no traceback, whose frames would keep the secrets of the phase that failed.
+        self._phase, self._input = Aborted(copy(error)), None
 
     def _need(self, found: int, what: str) -> None:
         # Stops a coordinator that shrinks the set a sum is taken over.

@@ -6,7 +6,7 @@ every number against its own manifest, and the round's context binds what it use
 """
 
 from collections.abc import Sequence
-from typing import Final, Literal
+from typing import Final, Literal, TypeVar
 
 import msgspec
 
@@ -64,6 +64,8 @@ class Refused(Control, frozen=True, tag="refused", array_like=True, kw_only=True
 FromSite = Hello | Withdraw
 FromCoordinator = StartRound | FederationOver | Refused
 
+_Message = TypeVar("_Message", FromSite, FromCoordinator)
+
 _encoder = msgspec.msgpack.Encoder()
 _from_site: "msgspec.msgpack.Decoder[FromSite]" = msgspec.msgpack.Decoder(FromSite)
 _from_coordinator: "msgspec.msgpack.Decoder[FromCoordinator]" = msgspec.msgpack.Decoder(FromCoordinator)
@@ -76,23 +78,23 @@ def encode(message: FromSite | FromCoordinator) -> list[bytes]:
 
 def decode_from_site(frames: Sequence[bytes]) -> FromSite:
     """A site's control message from the frames behind the tag; MalformedMessage for anything else."""
-    header, payload = _split(frames)
-    try:
-        return msgspec.structs.replace(_from_site.decode(header), payload=payload)
-    except (msgspec.DecodeError, UnicodeDecodeError, OverflowError) as error:
-        raise MalformedMessage("control message: not one that a site sends") from error
+    return _decode(_from_site, frames, "a site")
 
 
 def decode_from_coordinator(frames: Sequence[bytes]) -> FromCoordinator:
     """The coordinator's control message from the frames behind the tag; MalformedMessage for anything else."""
-    header, payload = _split(frames)
-    try:
-        return msgspec.structs.replace(_from_coordinator.decode(header), payload=payload)
-    except (msgspec.DecodeError, UnicodeDecodeError, OverflowError) as error:
-        raise MalformedMessage("control message: not one that a coordinator sends") from error
+    return _decode(_from_coordinator, frames, "a coordinator")
 
 
-def _split(frames: Sequence[bytes]) -> tuple[bytes, bytes]:
+def _decode(decoder: "msgspec.msgpack.Decoder[_Message]", frames: Sequence[bytes], sender: str) -> _Message:
     if len(frames) != 2 or len(frames[0]) > HEADER_BYTES:
         raise MalformedMessage(f"control message: {len(frames)} frames, expected a header and a payload")
-    return frames[0], frames[1]
+    header, payload = frames
+    try:
+        message = decoder.decode(header)
+    except (msgspec.DecodeError, UnicodeDecodeError, OverflowError, RecursionError) as error:
+        raise MalformedMessage(f"control message: not one that {sender} sends") from error
+    # Stops two encodings of one message: over-long integers, missing defaults, a payload inside the header.
+    if message.payload or _encoder.encode(message) != header:
+        raise MalformedMessage("control message: not in its canonical encoding")
+    return msgspec.structs.replace(message, payload=payload)

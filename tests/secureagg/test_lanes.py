@@ -56,6 +56,8 @@ def test_a_sum_that_could_wrap_is_refused_when_the_round_is_built() -> None:
         (lambda: FixedPoint(value_range=0.0), "value_range: found 0.0"),
         (lambda: FixedPoint(value_range=float("inf")), "value_range: found inf"),
         (lambda: FixedPoint(value_range=float("nan")), "value_range: found nan"),
+        (lambda: FixedPoint(value_range=1e-308), "value_range: found 1e-308, expected a number from"),
+        (lambda: FixedPoint(value_range=1e300), r"value_range: found 1e\+300"),
         (lambda: FixedPoint(value_range=1.0, value_bits=1), "value_bits: found 1"),
         (lambda: FixedPoint(value_range=1.0, value_bits=33), "value_bits: found 33"),
         (lambda: Counts(maximum=0), "maximum of 0"),

@@ -41,8 +41,17 @@ def test_rfc_7748_vector() -> None:
 @pytest.mark.parametrize("key", LOW_ORDER, ids=lambda key: key[:2].hex())
 def test_keys_of_low_order_are_refused(key: bytes) -> None:
     """A public key with which the agreed secret would be known to everyone is refused, naming its owner."""
-    with pytest.raises(AuthenticationFailed, match="key of b"):
+    with pytest.raises(AuthenticationFailed, match="key of b: not an X25519 key"):
         KeyPair(b"s" * 32).agree(key, who="key of b")
+
+
+def test_a_key_has_one_form() -> None:
+    """The same point with its unused bit set, or above the field's prime, is no second key; other lengths are none."""
+    key = KeyPair(b"k" * 32).public
+    KeyPair(b"s" * 32).agree(key, who="b")
+    for other in (key[:31] + bytes([key[31] | 0x80]), (2**255 - 19 + 9).to_bytes(32, "little"), key[:31], key + b"\0"):
+        with pytest.raises(AuthenticationFailed, match="b: not an X25519 key in its one form"):
+            KeyPair(b"s" * 32).agree(other, who="b")
 
 
 def test_keystream_is_aes_256_ctr_from_zero() -> None:

@@ -1,5 +1,6 @@
 """The site's machine: what it may be asked, in which order.  What a liar may ask stands in tests/attacks."""
 
+import msgspec
 import pytest
 from support.rounds import StoppedRound
 
@@ -159,6 +160,19 @@ def test_a_stricter_site_stops_when_others_are_missing(dropped: type, kind: type
     outbound = stopped.until(kind)
     with pytest.raises(ThresholdNotMet, match=r"3 \w+, expected at least 4"):
         stopped.answers(strict, outbound[strict])
+
+
+def test_an_aborted_machine_keeps_no_frame() -> None:
+    """The error that an aborted machine keeps has no traceback, whose frames would hold the failed phase's shares."""
+    stopped = StoppedRound()
+    message = stopped.until(SurvivorList)[stopped.sites[0]]
+    with pytest.raises(ThresholdNotMet) as raised:
+        stopped.answers(stopped.sites[0], msgspec.structs.replace(message, survivors=message.survivors[:1]))
+    phase = stopped.participants[stopped.sites[0]].phase
+    assert isinstance(phase, Aborted)
+    assert str(phase.error) == str(raised.value)
+    assert type(phase.error) is ThresholdNotMet
+    assert phase.error.__traceback__ is phase.error.__context__ is phase.error.__cause__ is None
 
 
 def test_same_entropy_same_bytes() -> None:
