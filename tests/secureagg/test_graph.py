@@ -4,6 +4,7 @@ from fractions import Fraction
 
 import pytest
 
+from secureagg import ParameterError
 from secureagg.graph import Neighbourhood, choose_neighbourhood
 
 
@@ -31,3 +32,33 @@ def test_known_values(n: int, corrupt: str, dropouts: str, active: bool, k: int,
     """The neighbourhood is the one that the analysis of Bell et al. gives for these cohorts."""
     found = choose_neighbourhood(n, corrupt=Fraction(corrupt), dropouts=Fraction(dropouts), active=active)
     assert found == Neighbourhood(k, t)
+
+
+def test_small_or_fragile_cohorts_need_everybody() -> None:
+    """Where no sparse graph is safe, none is proposed: the complete one is needed."""
+    for n in (3, 10, 40):
+        assert choose_neighbourhood(n, corrupt=Fraction("0.3"), dropouts=Fraction("0.3")) is None
+
+
+@pytest.mark.parametrize(
+    ("n", "corrupt", "dropouts", "text"),
+    [
+        (2, "0.1", "0.1", "cohort: found 2 sites"),
+        (100, "1", "0.1", "corrupt: found a share of 1"),
+        (100, "-1/10", "0.1", "corrupt: found a share of -1/10"),
+        (100, "0.1", "1", "dropouts: found a share of 1"),
+    ],
+)
+def test_impossible_plans(n: int, corrupt: str, dropouts: str, text: str) -> None:
+    """A cohort or share that makes no sense is refused with what was found."""
+    with pytest.raises(ParameterError, match=text):
+        choose_neighbourhood(n, corrupt=Fraction(corrupt), dropouts=Fraction(dropouts))
+
+
+def test_the_threshold_excludes_two_sets() -> None:
+    """Whatever is proposed against an active coordinator, t of k is more than half, corrupt neighbours counted twice."""
+    for n in (200, 400, 800):
+        found = choose_neighbourhood(n, corrupt=Fraction("0.1"), dropouts=Fraction("0.1"))
+        assert found is not None
+        assert 2 * found.threshold > found.neighbours + found.neighbours // 10
+        assert found.threshold <= found.neighbours < n - 1
