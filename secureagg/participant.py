@@ -67,7 +67,8 @@ from secureagg.phases import (
 from secureagg.shamir import SECRET_BYTES, SHARE_BYTES, check_share, share
 
 _Message = TypeVar("_Message", bound=SiteMessage)
-_Step = tuple[ParticipantPhase, list[ToCoordinator]]
+_Phase = TypeVar("_Phase", bound=ParticipantPhase)
+_Step = tuple[_Phase, list[ToCoordinator]]
 
 
 class Journal(Protocol):
@@ -175,7 +176,7 @@ class Participant:
 
     # --- one handler per transition ---
 
-    def _share_secrets(self, phase: AwaitingCohortKeys, message: CohortKeys) -> _Step:
+    def _share_secrets(self, phase: AwaitingCohortKeys, message: CohortKeys) -> _Step[AwaitingShares]:
         """Message 1: check everyone's keys, then share the own secrets among those who advertised."""
         parameters = self._parameters
         advertisements = {advertisement.sender: advertisement for advertisement in message.advertisements}
@@ -243,7 +244,7 @@ class Participant:
         own_shares = HeldShares(mask_key_shares[own], seed_shares[own])
         return AwaitingShares(mask_secrets, channel_secrets, self_seed, own_shares), [self._sign(reply)]
 
-    def _take_shares(self, phase: AwaitingShares, message: ShareDelivery) -> _Step:
+    def _take_shares(self, phase: AwaitingShares, message: ShareDelivery) -> _Step[AwaitingInput]:
         """Open every peer's shares; whoever sent none has dropped out and gets no pairwise mask."""
         delivered = named(message.ciphertexts, who=self._who("share delivery"))
         committed = named(message.share_commitments, who=self._who("share commitments"))
@@ -277,7 +278,7 @@ class Participant:
         mask_secrets = {peer: phase.mask_secrets[peer] for peer in delivered}
         return AwaitingInput(mask_secrets, phase.self_seed, MappingProxyType(held)), []
 
-    def _send_masked_input(self, phase: AwaitingInput, encoded: EncodedInput) -> _Step:
+    def _send_masked_input(self, phase: AwaitingInput, encoded: EncodedInput) -> _Step[AwaitingSurvivors]:
         """Message 2: the input under the self mask and a pairwise mask with every other sharer."""
         size = MaskedInput.CHUNK_BYTES
         chunks: list[bytes] = []
@@ -299,7 +300,7 @@ class Participant:
         )
         return AwaitingSurvivors(phase.held, input_digest(digests)), [self._sign(message)]
 
-    def _sign_survivors(self, phase: AwaitingSurvivors, message: SurvivorList) -> _Step:
+    def _sign_survivors(self, phase: AwaitingSurvivors, message: SurvivorList) -> _Step[AwaitingUnmaskRequest]:
         """Message 3: sign the one list of survivors that this site will help to unmask."""
         survivors = named(message.survivors, who=self._who("survivor list"))
         self._need(len(survivors), "survivors")
@@ -314,7 +315,7 @@ class Participant:
         reply = SurvivorSignature(context=self._parameters.context, sender=self._site, list_signature=signature)
         return AwaitingUnmaskRequest(phase.held, message), [self._sign(reply)]
 
-    def _reveal_shares(self, phase: AwaitingUnmaskRequest, message: UnmaskRequest) -> _Step:
+    def _reveal_shares(self, phase: AwaitingUnmaskRequest, message: UnmaskRequest) -> _Step[AwaitingReceipt]:
         """Message 4: one kind of share for each sharer, once ``threshold`` sites have signed this very list."""
         parameters = self._parameters
         survivors = [site for site, _ in phase.survivors.survivors]
@@ -353,7 +354,7 @@ class Participant:
         )
         return AwaitingReceipt(len(survivors)), [self._sign(reply)]
 
-    def _take_receipt(self, phase: AwaitingReceipt, message: RoundReceipt) -> _Step:
+    def _take_receipt(self, phase: AwaitingReceipt, message: RoundReceipt) -> _Step[ParticipantFinished]:
         """Message 5: the coordinator released the sum over the list that was signed, and the masks cancelled in it."""
         if not message.survivors == message.canary == phase.survivors:
             raise InconsistentSurvivors(
@@ -364,7 +365,7 @@ class Participant:
             )
         return ParticipantFinished(message), []
 
-    def _take_failure(self, _phase: ParticipantPhase, message: RoundFailed) -> _Step:
+    def _take_failure(self, _phase: ParticipantPhase, message: RoundFailed) -> _Step[Aborted]:
         return Aborted(RoundAborted(self._who(f"the coordinator ended the round ({message.code[:64]!r})"))), []
 
     # --- helpers ---
@@ -402,7 +403,7 @@ def input_digest(chunk_digests: tuple[bytes, ...]) -> bytes:
     return sha256(b"".join(chunk_digests)).digest()
 
 
-_Handler = Callable[[Participant, Any, Any], _Step]
+_Handler = Callable[[Participant, Any, Any], _Step[ParticipantPhase]]
 
 # private access: the table is the class's own, placed behind it so that it can name its methods
 _TRANSITIONS: Final[dict[tuple[type, type], _Handler]] = {

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from support import diagrams
 
 ROOT = Path(__file__).parents[2]
 DOCUMENTS = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")])
@@ -44,6 +45,11 @@ def test_attacks_name_checks_that_exist() -> None:
         assert stopped_by, path.name
         for name in re.findall(r"``(?:[A-Z]\w+\.)?(_?[a-z]\w+)``", stopped_by):
             assert re.search(rf"\b{name}\b", code), (path.name, name)
+
+
+def test_the_diagrams_are_those_of_the_code() -> None:
+    """The state diagrams of the protocol are the ones that the machines' transition tables give."""
+    assert diagrams.text() in diagrams.DOCUMENT.read_text()
 
 
 def test_tour(capsys: pytest.CaptureFixture[str]) -> None:

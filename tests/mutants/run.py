@@ -28,36 +28,36 @@ CHECKS = {
 
 @dataclass(frozen=True)
 class Mutant:
-    """One check deleted: the lines of a file, from ``first`` to ``last``, are replaced by ``text``."""
+    """A file without the check that begins in line ``line``."""
 
     file: Path
-    first: int
-    last: int
-    text: str
+    line: int
     shown: str
-
-    def apply(self, root: Path) -> None:
-        """Write the file without the check into the tree at ``root``."""
-        lines = (ROOT / self.file).read_text().splitlines()
-        lines[self.first - 1 : self.last] = self.text.splitlines()
-        (root / self.file).write_text("\n".join(lines) + "\n")
+    source: str
 
 
 def mutants(file: Path) -> Iterator[Mutant]:
     """Every check of one file."""
     source = (ROOT / file).read_text()
     for node in ast.walk(ast.parse(source)):
-        shown = ast.get_source_segment(source, node) or ""
-        indent = " " * getattr(node, "col_offset", 0)
         if isinstance(node, ast.If) and not node.orelse and isinstance(node.body[-1], ast.Raise):
-            named = [name.target for name in ast.walk(node.test) if isinstance(name, ast.NamedExpr)]
-            text = "".join(f"{indent}{name.id} = None\n" for name in named) + f"{indent}pass"
-            yield Mutant(file, node.lineno, node.end_lineno or node.lineno, text, shown.split(":\n")[0])
-        elif isinstance(node, ast.Expr) and isinstance(node.value, ast.Call):
-            called = node.value.func
-            name = called.attr if isinstance(called, ast.Attribute) else getattr(called, "id", "")
-            if name in CHECKS:
-                yield Mutant(file, node.lineno, node.end_lineno or node.lineno, f"{indent}pass", shown.split("\n")[0])
+            # What the condition names is used behind it.
+            named = [name.target.id for name in ast.walk(node.test) if isinstance(name, ast.NamedExpr)]
+            instead = [f"{name} = None" for name in named] or ["pass"]
+        elif isinstance(node, ast.Expr) and isinstance(node.value, ast.Call) and called(node.value.func) in CHECKS:
+            instead = ["pass"]
+        else:
+            continue
+        lines = source.splitlines(keepends=True)
+        indent = " " * node.col_offset
+        lines[node.lineno - 1 : node.end_lineno] = [f"{indent}{line}\n" for line in instead]
+        shown = (ast.get_source_segment(source, node) or "").partition("\n")[0].removesuffix(":")
+        yield Mutant(file, node.lineno, shown, "".join(lines))
+
+
+def called(function: ast.expr) -> str:
+    """The name of a called function or method."""
+    return function.attr if isinstance(function, ast.Attribute) else getattr(function, "id", "")
 
 
 def survives(mutant: Mutant) -> bool:
@@ -70,11 +70,11 @@ def survives(mutant: Mutant) -> bool:
                 shutil.copytree(source, root / name, ignore=shutil.ignore_patterns("__pycache__", "mutants"))
             else:
                 shutil.copy(source, root / name)
-        mutant.apply(root)
+        (root / mutant.file).write_text(mutant.source)
         command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", *TESTS]
         done = subprocess.run(command, cwd=root, capture_output=True, text=True, check=False)
     if done.returncode not in (0, 1):
-        raise SystemExit(f"{mutant.file}:{mutant.first}: the tests did not run\n{done.stdout[-2000:]}{done.stderr}")
+        raise SystemExit(f"{mutant.file}:{mutant.line}: the tests did not run\n{done.stdout[-2000:]}{done.stderr}")
     return done.returncode == 0
 
 
@@ -86,7 +86,7 @@ def main(wanted: list[str]) -> int:
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         for number, (mutant, lives) in enumerate(zip(found, pool.map(survives, found), strict=True), start=1):
             told = "SURVIVED" if lives else "noticed"
-            sys.stdout.write(f"{number}/{len(found)} {told} {mutant.file}:{mutant.first} {mutant.shown}\n")
+            sys.stdout.write(f"{number}/{len(found)} {told} {mutant.file}:{mutant.line} {mutant.shown}\n")
             sys.stdout.flush()
             alive += [mutant] * lives
     sys.stdout.write(f"{len(found)} checks, {len(alive)} of them deleted without a test noticing\n")
