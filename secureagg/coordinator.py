@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterable
 from copy import copy
 from dataclasses import dataclass
 from hashlib import sha256
+from itertools import chain
 from typing import Any, Final
 
 import numpy as np
@@ -32,8 +33,9 @@ from secureagg.errors import (
     UnexpectedMessage,
 )
 from secureagg.identity import SiteId, verify
+from secureagg.keystream import Spread, parts_of
 from secureagg.lanes import CANARY, WEIGHT
-from secureagg.masking import MaskKey, Spread, apply_masks, pairwise_sign
+from secureagg.masking import MaskKey, pairwise_sign, unmasked_total
 from secureagg.messages import (
     CohortKeys,
     EncryptedShares,
@@ -82,7 +84,7 @@ class Outbound:
 class Coordinator:
     """One round, summed: collects masked inputs and releases their exact sum or nothing.
 
-    ``spread`` puts the unmasking on several cores, see ``apply_masks``.
+    ``spread`` puts the unmasking on several cores, see ``keystream``.
     """
 
     def __init__(self, *, parameters: RoundParameters, spread: Spread = map) -> None:
@@ -188,16 +190,18 @@ class Coordinator:
                 f"{who}: {sum(map(len, message.chunks))} bytes of lanes in {len(message.chunks)} chunks, expected "
                 f"{self._parameters.packed_bytes} in chunks of {MaskedInput.CHUNK_BYTES}"
             )
-        for index, (chunk, digest) in enumerate(zip(message.chunks, message.chunk_digests, strict=True)):
-            if sha256(chunk).digest() != digest:
-                raise AuthenticationFailed(f"{who}: chunk {index} is not the one that was signed")
+        hashes = self._spread(
+            lambda part: [sha256(chunk).digest() for chunk in message.chunks[part]], parts_of(len(sizes), 1)
+        )
+        if tuple(chain.from_iterable(hashes)) != message.chunk_digests:
+            raise AuthenticationFailed(f"{who}: a chunk is not the one that was signed")
         packed = memoryview(b"".join(message.chunks))
         lanes: dict[str, memoryview] = {}
         for name, ring_lane in self._parameters.lanes.items():
             lanes[name], packed = packed[: ring_lane.packed_bytes], packed[ring_lane.packed_bytes :]
             check_packed(ring_lane, lanes[name], who=who)
         for name, ring_lane in self._parameters.lanes.items():
-            add_packed(phase.sums[name], ring_lane, lanes[name])
+            add_packed(phase.sums[name], ring_lane, lanes[name], spread=self._spread)
         phase.received[message.sender] = input_digest(message.chunk_digests)
 
     def _collect_signature(self, phase: CheckingConsistency, message: SurvivorSignature, who: str) -> None:
@@ -345,16 +349,16 @@ class Coordinator:
                 for peer, secret in agreed.items():
                     key_bytes = pairwise_mask_key(parameters, secret, lane=name, one=dropout, other=peer)
                     masks.append((key_bytes, -pairwise_sign(peer, dropout)))
-            words = phase.sums[name]
-            apply_masks(words, masks, spread=self._spread)
-            totals[name] = ring_lane.lift(ring_lane.reduce(words))
+            totals[name] = unmasked_total(ring_lane, phase.sums[name], masks, spread=self._spread)
         # Stops a sum in which any mask is left, whatever the reason: nothing is released.
         if int(totals[CANARY][0]) != len(survivors):
             raise RoundAborted(f"coordinator, Unmasking: the canary lane does not equal the {len(survivors)} survivors")
         weight = int(totals[WEIGHT][0]) if WEIGHT in totals else None
         try:
             for name, ring_lane in parameters.lanes.items():
-                means[name] = decode_total(ring_lane, totals[name], survivors=len(survivors), weight=weight)
+                means[name] = decode_total(
+                    ring_lane, totals[name], survivors=len(survivors), weight=weight, spread=self._spread
+                )
         except ParameterError as error:
             raise RoundAborted(f"coordinator, Unmasking: {error}") from error
         little_endian = {name: total.astype("<i8", copy=False) for name, total in totals.items()}

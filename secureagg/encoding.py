@@ -14,7 +14,7 @@ import numpy.typing as npt
 
 from secureagg.errors import ParameterError, ShapeMismatch, ValueOutOfRange
 from secureagg.identity import Entropy
-from secureagg.keystream import Keystream
+from secureagg.keystream import Keystream, Spread, parts_of
 from secureagg.lanes import CANARY, CLIPPED, WEIGHT, Counts, FixedPoint, Lane, RingLane, Words, integer
 from secureagg.parameters import RoundParameters
 
@@ -37,10 +37,12 @@ def encode_input(
     *,
     weight: int | None = None,
     entropy: Entropy = os.urandom,
+    spread: Spread = map,
 ) -> EncodedInput:
     """Encode ``values`` (lane name -> 1-D array) for a round; adds the canary, the weight and the clip counts itself.
 
-    ``weight``: an integer from 0 to the round's ``max_weight``; given exactly when the round has one.
+    ``weight``: an integer from 0 to the round's ``max_weight``; given exactly when the round has one.  ``spread`` puts
+    the work on several cores, see ``keystream``.
     Raises ParameterError for missing or unknown lanes or an unfit weight, ShapeMismatch for a wrong length and
     ValueOutOfRange for a value that is not finite or, unless the lane clips, out of range.
     """
@@ -65,7 +67,7 @@ def encode_input(
         if array.shape != (lane.length,):
             raise ShapeMismatch(f"lane {name}: found shape {array.shape}, expected ({lane.length},)")
         if isinstance(lane.encoding, FixedPoint):
-            vectors[name], clipped = _encode_fixed_point(ring_lane, lane.encoding, array, entropy)
+            vectors[name], clipped = _encode_fixed_point(ring_lane, lane.encoding, array, entropy(32), spread)
             if lane.encoding.clip:
                 vectors[name + CLIPPED] = _single(parameters.lanes[name + CLIPPED], clipped)
         else:
@@ -80,7 +82,12 @@ def encode_input(
 
 
 def decode_total(
-    ring_lane: RingLane, total: npt.NDArray[np.int64], *, survivors: int, weight: int | None
+    ring_lane: RingLane,
+    total: npt.NDArray[np.int64],
+    *,
+    survivors: int,
+    weight: int | None,
+    spread: Spread = map,
 ) -> npt.NDArray[np.float64]:
     """The mean that an exact integer ``total`` stands for, as float64 in the lane's units.
 
@@ -93,44 +100,64 @@ def decode_total(
             f"lane {lane.name}: the survivors' weights add up to 0, so their weighted mean is undefined"
         )
     unit = lane.encoding.step if isinstance(lane.encoding, FixedPoint) else 1.0
-    mean: npt.NDArray[np.float64] = total / divisor
-    mean *= unit
+    mean = np.empty(len(total))
+
+    def decode_part(part: slice) -> None:
+        np.divide(total[part], divisor, out=mean[part])
+        mean[part] *= unit
+
+    for _ in spread(decode_part, parts_of(len(total), _BLOCK_VALUES)):
+        pass
     return mean
 
 
 def _encode_fixed_point(
-    ring_lane: RingLane, encoding: FixedPoint, values: npt.NDArray[np.generic], entropy: Entropy
+    ring_lane: RingLane, encoding: FixedPoint, values: npt.NDArray[np.generic], coin_key: bytes, spread: Spread
 ) -> tuple[Words, int]:
     """Ring elements of ``values`` and how many were clipped; block by block, so that memory stays at one block."""
-    name, levels = ring_lane.lane.name, encoding.levels
     if not np.issubdtype(values.dtype, np.floating) and not np.issubdtype(values.dtype, np.integer):
-        raise ParameterError(f"lane {name}: found dtype {values.dtype}, expected real numbers")
-    coins = Keystream(entropy(32))
+        raise ParameterError(f"lane {ring_lane.lane.name}: found dtype {values.dtype}, expected real numbers")
     words = np.empty(values.shape, ring_lane.word)
-    size = min(_BLOCK_VALUES, len(values))
-    buffers = [np.empty(size) for _ in range(3)]
-    draws, rounds_up = np.empty(size, _UINT32), np.empty(size, np.bool_)
+
+    def encode_part(part: slice) -> int:
+        coins = Keystream(coin_key, offset=part.start * _UINT32.itemsize)
+        clipped = 0
+        for start in range(part.start, part.stop, _BLOCK_VALUES):
+            block = slice(start, min(start + _BLOCK_VALUES, part.stop))
+            clipped += _encode_block(ring_lane, encoding, values[block], words[block], coins, start)
+        return clipped
+
+    return words, sum(spread(encode_part, parts_of(len(values), _BLOCK_VALUES)))
+
+
+def _encode_block(
+    ring_lane: RingLane,
+    encoding: FixedPoint,
+    values: npt.NDArray[np.generic],
+    words: Words,
+    coins: Keystream,
+    start: int,
+) -> int:
+    """Write the ring elements of one block, which begins at index ``start``, into ``words``; returns how many were
+    clipped."""
+    scaled = values.astype(np.float64)
+    floor = np.abs(scaled)
     clipped = 0
-    for start in range(0, len(values), size):
-        block = values[start : start + size]
-        scaled, floor, coin = (buffer[: len(block)] for buffer in buffers)
-        draw, up = draws[: len(block)], rounds_up[: len(block)]
-        np.copyto(scaled, block, casting="unsafe")
-        # One comparison that a NaN fails too; only then is it worth finding out what is wrong.
-        if not np.abs(scaled, out=floor).max() <= encoding.value_range:
-            clipped += _clip(name, encoding, scaled, start)
-        scaled *= levels / encoding.value_range
-        np.floor(scaled, out=floor)
-        scaled -= floor
-        scaled *= 2.0**32
-        coins.fill(draw)
-        np.copyto(coin, draw)
-        # Rounds up with probability equal to the fraction, to within 2^-32.
-        np.less(coin, scaled, out=up)
-        floor += up
-        np.clip(floor, -levels, levels, out=floor)  # the product above may exceed the edge by one ulp
-        words[start : start + size] = floor.astype(np.int32)
-    return ring_lane.reduce(words), clipped
+    # One comparison that a NaN fails too; only then is it worth finding out what is wrong.
+    if not floor.max() <= encoding.value_range:
+        clipped = _clip(ring_lane.lane.name, encoding, scaled, start)
+    scaled *= encoding.levels / encoding.value_range
+    np.floor(scaled, out=floor)
+    scaled -= floor
+    scaled *= 2.0**32
+    draws = np.empty(len(values), _UINT32)
+    coins.fill(draws)
+    # Rounds up with probability equal to the fraction, to within 2^-32.
+    floor += draws.astype(np.float64) < scaled
+    np.clip(floor, -encoding.levels, encoding.levels, out=floor)  # the product above may exceed the edge by one ulp
+    words[:] = floor.astype(np.int32)
+    ring_lane.reduce(words)
+    return clipped
 
 
 def _clip(name: str, encoding: FixedPoint, block: npt.NDArray[np.float64], start: int) -> int:

@@ -6,29 +6,17 @@ contains it no more (Bonawitz et al., CCS 2017, section 4).  Rings are powers of
 masked input is uniform whatever x_u is.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from typing import Final, Protocol, TypeVar
+from collections.abc import Iterable, Iterator, Mapping
 
 import numpy as np
+import numpy.typing as npt
 
 from secureagg.agreement import pairwise_mask_key, self_mask_key
 from secureagg.identity import SiteId
-from secureagg.keystream import Keystream, block_words
+from secureagg.keystream import Keystream, Spread, block_words, parts_of
 from secureagg.lanes import RingLane, Words
 from secureagg.packing import pack
 from secureagg.parameters import RoundParameters
-
-PARTS: Final = 64  # into which a long vector is cut for several cores
-
-_Result = TypeVar("_Result")
-
-
-class Spread(Protocol):
-    """Applies a function to each of several parts: ``map``, or a thread pool's ``map`` on several cores."""
-
-    def __call__(self, function: Callable[[slice], _Result], parts: Iterable[slice], /) -> Iterable[_Result]:
-        """The results in the order of the parts."""
-
 
 MaskKey = tuple[bytes, int]  # a 32-byte AES key, and +1 to add its keystream or -1 to subtract it
 
@@ -56,6 +44,22 @@ def apply_masks(words: Words, masks: Iterable[MaskKey], *, spread: Spread = map)
         pass
 
 
+def unmasked_total(
+    ring_lane: RingLane, words: Words, masks: Iterable[MaskKey], *, spread: Spread = map
+) -> npt.NDArray[np.int64]:
+    """The integers that ``words`` stand for once ``masks`` are applied to them, in place."""
+    keys = list(masks)
+    total = np.empty(len(words), np.int64)
+
+    def unmask(part: slice) -> None:
+        _mask(words[part], keys, start=part.start)
+        total[part] = ring_lane.lift(ring_lane.reduce(words[part]))
+
+    for _ in spread(unmask, _parts(words)):
+        pass
+    return total
+
+
 def masked_and_packed(
     ring_lane: RingLane, words: Words, masks: Iterable[MaskKey], *, spread: Spread = map
 ) -> Iterator[bytes]:
@@ -71,10 +75,7 @@ def masked_and_packed(
 
 
 def _parts(words: Words) -> list[slice]:
-    """``words`` cut into at most PARTS parts of whole blocks, so that each part begins on a byte in every ring."""
-    block = block_words(words.dtype)
-    size = max(1, -(-len(words) // (PARTS * block))) * block
-    return [slice(start, min(start + size, len(words))) for start in range(0, len(words), size)]
+    return parts_of(len(words), block_words(words.dtype))
 
 
 def _mask(words: Words, keys: list[MaskKey], *, start: int) -> None:

@@ -12,6 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from secureagg.errors import MalformedMessage
+from secureagg.keystream import Spread, parts_of
 from secureagg.lanes import RingLane, Words
 
 # A block of both forms stays in cache while its groups are passed over once for each place; a multiple of 8 values
@@ -53,24 +54,29 @@ def check_packed(ring_lane: RingLane, packed: bytes | memoryview, *, who: str) -
         raise MalformedMessage(f"{who}, lane {ring_lane.lane.name}: the last {spare} bits are not zero")
 
 
-def add_packed(total: Words, ring_lane: RingLane, packed: bytes | memoryview) -> None:
+def add_packed(total: Words, ring_lane: RingLane, packed: bytes | memoryview, *, spread: Spread = map) -> None:
     """Add the ring elements of ``packed``, which must have been checked, to ``total`` in place, block by block."""
     bits = ring_lane.ring_bits
     if bits == 8 * total.dtype.itemsize:
         total += np.frombuffer(packed, total.dtype)
         return
     raw = np.frombuffer(packed, np.uint8)
-    for start in range(0, len(total), _BLOCK_VALUES):
-        part = total[start : start + _BLOCK_VALUES]
-        source = raw[start * bits // 8 : (start + _BLOCK_VALUES) * bits // 8 + 1]
-        stream = np.zeros(len(source) + _WINDOW_BYTES, np.uint8)
-        stream[: len(source)] = source
-        for values, window, shift, spill in _windows(part, stream, bits):
-            column = window >> window.dtype.type(shift)
-            if spill is not None:
-                column |= spill.astype(window.dtype) << window.dtype.type(64 - shift)
-            column &= window.dtype.type((1 << bits) - 1)
-            np.add(values, column.astype(values.dtype, copy=False), out=values)
+
+    def add_part(part: slice) -> None:
+        for start in range(part.start, part.stop, _BLOCK_VALUES):
+            block = total[start : min(start + _BLOCK_VALUES, part.stop)]
+            source = raw[start * bits // 8 : (start + _BLOCK_VALUES) * bits // 8 + 1]
+            stream = np.zeros(len(source) + _WINDOW_BYTES, np.uint8)
+            stream[: len(source)] = source
+            for values, window, shift, spill in _windows(block, stream, bits):
+                column = window >> window.dtype.type(shift)
+                if spill is not None:
+                    column |= spill.astype(window.dtype) << window.dtype.type(64 - shift)
+                column &= window.dtype.type((1 << bits) - 1)
+                np.add(values, column.astype(values.dtype, copy=False), out=values)
+
+    for _ in spread(add_part, parts_of(len(total), _BLOCK_VALUES)):
+        pass
 
 
 def _windows(values: Words, stream: _Bytes, bits: int) -> Iterator[tuple[Words, Words, int, _Bytes | None]]:

@@ -32,7 +32,8 @@ from secureagg.errors import (
     UnexpectedMessage,
 )
 from secureagg.identity import Entropy, Identity, SiteId, verify
-from secureagg.masking import Spread, masked_and_packed, masks_of_input
+from secureagg.keystream import Spread
+from secureagg.masking import masked_and_packed, masks_of_input
 from secureagg.messages import (
     CohortKeys,
     EncryptedShares,
@@ -85,7 +86,7 @@ class Participant:
     """One site in one round.
 
     ``parameters`` are the site's own; ``journal`` outlives the process; ``minimum_survivors`` may raise the
-    round's minimum for this site, never lower it; ``spread`` puts the masking on several cores, see ``apply_masks``.
+    round's minimum for this site, never lower it; ``spread`` puts the masking on several cores, see ``keystream``.
     """
 
     def __init__(

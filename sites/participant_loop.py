@@ -36,6 +36,7 @@ from secureagg import (
     encode_input,
 )
 from secureagg import codec as round_codec
+from secureagg.keystream import Spread
 from secureagg.messages import ToCoordinator
 from secureagg.phases import Aborted, ParticipantFinished
 from sites import control
@@ -94,7 +95,12 @@ class Round:
         who = f"state submitted to round {self.number}"
         update = self._session.spec.flatten(state, who=who).astype(np.float64) - self._task.vector
         try:
-            encoded = encode_input(self._task.parameters, {UPDATE: update, **self._task.counts}, weight=examples)
+            encoded = encode_input(
+                self._task.parameters,
+                {UPDATE: update, **self._task.counts},
+                weight=examples,
+                spread=self._session.spread,
+            )
         except ValueOutOfRange as error:
             if error.index is None or error.lane != UPDATE:
                 raise
@@ -261,6 +267,11 @@ class _Session:
             raise LocalProtocolError("federation: used outside its `with` block")
         return self._endpoint
 
+    @property
+    def spread(self) -> Spread:
+        """Puts work on the session's threads."""
+        return self._pool.map
+
     def next_task(self) -> "_Task | FederationOver | None":
         """Wait for the next round or the end; raises what ended the session."""
         with self._changed:
@@ -373,7 +384,7 @@ class _Session:
                 parameters=parameters,
                 journal=self._durable_journal,
                 minimum_survivors=site.minimum_survivors,
-                spread=self._pool.map,
+                spread=self.spread,
             )
             messages = participant.start()
         except SecureAggregationError as error:

@@ -36,7 +36,7 @@ def test_changed_on_the_way() -> None:
     site, message = stopped.pending[0]
     chunk = bytearray(message.chunks[0])
     chunk[5] ^= 1
-    with pytest.raises(AuthenticationFailed, match="chunk 0"):
+    with pytest.raises(AuthenticationFailed, match="a chunk is not the one that was signed"):
         stopped.coordinator.receive(replace(message, chunks=(bytes(chunk),)), sender=site)
 
 

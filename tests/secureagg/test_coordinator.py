@@ -108,7 +108,7 @@ BAD_CONTENTS: dict[str, tuple[type, Bad, type, str]] = {
         MaskedInput,
         lambda _, m: replace(m, chunks=(flip(m.chunks[0]),)),
         AuthenticationFailed,
-        "chunk 0 is not the one that was signed",
+        "a chunk is not the one that was signed",
     ),
     "wrong signature on the list": (
         SurvivorSignature,
