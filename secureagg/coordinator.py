@@ -11,8 +11,6 @@ says that the time is up; then the round goes on with those who answered, or end
 from collections.abc import Callable, Iterable
 from copy import copy
 from dataclasses import dataclass
-from hashlib import sha256
-from itertools import chain
 from typing import Any, Final
 
 import numpy as np
@@ -33,7 +31,7 @@ from secureagg.errors import (
     UnexpectedMessage,
 )
 from secureagg.identity import SiteId, verify
-from secureagg.keystream import Spread, parts_of
+from secureagg.keystream import Spread
 from secureagg.lanes import CANARY, WEIGHT
 from secureagg.masking import MaskKey, pairwise_sign, unmasked_total
 from secureagg.messages import (
@@ -54,7 +52,7 @@ from secureagg.messages import (
 )
 from secureagg.packing import add_packed, check_packed
 from secureagg.parameters import DIGEST_BYTES, RoundParameters
-from secureagg.participant import input_digest
+from secureagg.participant import chunk_digests, input_digest
 from secureagg.phases import (
     Aborted,
     AdvertisingKeys,
@@ -190,10 +188,7 @@ class Coordinator:
                 f"{who}: {sum(map(len, message.chunks))} bytes of lanes in {len(message.chunks)} chunks, expected "
                 f"{self._parameters.packed_bytes} in chunks of {MaskedInput.CHUNK_BYTES}"
             )
-        hashes = self._spread(
-            lambda part: [sha256(chunk).digest() for chunk in message.chunks[part]], parts_of(len(sizes), 1)
-        )
-        if tuple(chain.from_iterable(hashes)) != message.chunk_digests:
+        if chunk_digests(message.chunks, spread=self._spread) != message.chunk_digests:
             raise AuthenticationFailed(f"{who}: a chunk is not the one that was signed")
         packed = memoryview(b"".join(message.chunks))
         lanes: dict[str, memoryview] = {}

@@ -21,7 +21,7 @@ from secureagg.parameters import RoundParameters
 __all__ = ["Counts", "EncodedInput", "FixedPoint", "Lane", "decode_total", "encode_input"]
 
 _UINT32 = np.dtype("<u4")
-_BLOCK_VALUES: Final = 16 * 1024  # the block's buffers stay in cache; a multiple of the cipher's 16 bytes
+_BLOCK_VALUES: Final = 64 * 1024  # the block's buffers stay in cache; a multiple of the cipher's 16 bytes
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)

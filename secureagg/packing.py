@@ -17,7 +17,7 @@ from secureagg.lanes import RingLane, Words
 
 # A block of both forms stays in cache while its groups are passed over once for each place; a multiple of 8 values
 # begins on a byte in every ring.
-_BLOCK_VALUES: Final = 64 * 1024
+_BLOCK_VALUES: Final = 128 * 1024
 _WINDOW_BYTES: Final = 8  # of the widest window, which may reach beyond the last value
 
 _Bytes = npt.NDArray[np.uint8]

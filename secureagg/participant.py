@@ -9,9 +9,10 @@ whole list of what may happen when.
 """
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from copy import copy
 from hashlib import sha256
+from itertools import chain
 from types import MappingProxyType
 from typing import Any, Final, Protocol, TypeVar
 
@@ -32,7 +33,7 @@ from secureagg.errors import (
     UnexpectedMessage,
 )
 from secureagg.identity import Entropy, Identity, SiteId, verify
-from secureagg.keystream import Spread
+from secureagg.keystream import Spread, parts_of
 from secureagg.masking import masked_and_packed, masks_of_input
 from secureagg.messages import (
     CohortKeys,
@@ -295,7 +296,7 @@ class Participant:
                     del pending[:size]
         if pending:
             chunks.append(bytes(pending))
-        digests = tuple(sha256(chunk).digest() for chunk in chunks)
+        digests = chunk_digests(chunks, spread=self._spread)
         message = MaskedInput(
             context=self._parameters.context, sender=self._site, chunk_digests=digests, chunks=tuple(chunks)
         )
@@ -399,9 +400,15 @@ class Participant:
         return f"participant {self._site}, {self._name()}, from the coordinator: {found}"
 
 
-def input_digest(chunk_digests: tuple[bytes, ...]) -> bytes:
+def chunk_digests(chunks: Sequence[bytes], *, spread: Spread = map) -> tuple[bytes, ...]:
+    """SHA-256 of each chunk of a masked input."""
+    hashes = spread(lambda part: [sha256(chunk).digest() for chunk in chunks[part]], parts_of(len(chunks), 1))
+    return tuple(chain.from_iterable(hashes))
+
+
+def input_digest(digests: tuple[bytes, ...]) -> bytes:
     """SHA-256 over the digests of a masked input's chunks: what a survivor list names an input by."""
-    return sha256(b"".join(chunk_digests)).digest()
+    return sha256(b"".join(digests)).digest()
 
 
 _Handler = Callable[[Participant, Any, Any], _Step[ParticipantPhase]]
