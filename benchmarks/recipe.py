@@ -1,6 +1,6 @@
 """How well the heart recipe does: AUC on the pooled held-out patients over many seeds, with and without privacy.
 
-    .venv/bin/python benchmarks/recipe.py --seeds 20 --json recipe.json
+    python -m benchmarks recipe [--seeds 20] [--json recipe.json]
 
 Each run trains with the sites' own trainer (DP-SGD under a ledger) and aggregates through whole rounds of the real
 protocol in process.  Noise, sampling and rounding come from a seeded stream here, so that a run can be repeated.

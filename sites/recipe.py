@@ -1,6 +1,6 @@
 """The recipe for the four heart hospitals, which is also what `secureagg consortium create` fills in.
 
-docs/design.md says how it was chosen; ``benchmarks/recipe.py`` measures it.
+docs/design.md says how it was chosen; `python -m benchmarks recipe` measures it.
 """
 
 from collections.abc import Mapping
