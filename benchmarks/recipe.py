@@ -96,13 +96,13 @@ def main() -> None:
         runs = [federated(hospitals, privacy, seed) for seed in seeds]
         report[name] = summary([metrics for metrics, _ in runs])
         largest = max(largest, *(value for _, value in runs))
+    common = {"training": TRAINING, "privacy": PRIVACY, "bins": bins}
     report["pooled, no privacy"] = summary(
-        [train_pooled(test, sites=len(hospitals), training=TRAINING, privacy=PRIVACY, bins=bins) for _ in seeds]
+        [train_pooled(test, sites=len(hospitals), entropy=CountingEntropy(seed), **common) for seed in seeds]
     )
     for name, hospital in hospitals.items():
-        report[f"{name} alone, epsilon 1"] = summary(
-            [train_alone(hospital, test=test, training=TRAINING, privacy=PRIVACY, bins=bins) for _ in seeds]
-        )
+        runs_alone = [train_alone(hospital, test=test, entropy=CountingEntropy(seed), **common) for seed in seeds]
+        report[f"{name} alone, epsilon 1"] = summary(runs_alone)
     report["largest update coordinate"] = largest
     for name, values in report.items():
         if isinstance(values, dict):

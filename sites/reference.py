@@ -3,6 +3,7 @@
 Both need data that no party of a federation has together; they serve demonstrations and benchmarks only.
 """
 
+import os
 import tempfile
 from collections.abc import Iterable
 from pathlib import Path
@@ -11,6 +12,7 @@ import msgspec
 import numpy as np
 
 from dp.ledger import Ledger
+from secureagg.identity import Entropy
 from sites.datasets.heart import Hospital
 from sites.evaluation import Metrics, evaluate_scores
 from sites.manifest import Privacy, Training
@@ -29,19 +31,25 @@ def pool(hospitals: Iterable[Hospital]) -> Hospital:
     )
 
 
-def train_alone(data: Hospital, *, test: Hospital, training: Training, privacy: Privacy, bins: int) -> Metrics:
+def train_alone(
+    data: Hospital, *, test: Hospital, training: Training, privacy: Privacy, bins: int, entropy: Entropy = os.urandom
+) -> Metrics:
     """The metrics, on the held-out patients of ``test``, of a model trained on ``data`` alone by the same recipe."""
     with tempfile.TemporaryDirectory() as folder:
         ledger = Ledger(Path(folder) / "ledger.jsonl") if privacy.mode == "local" else None
-        trainer = LocalTrainer(model=heart_model(), data=data, training=training, privacy=privacy, ledger=ledger)
+        trainer = LocalTrainer(
+            model=heart_model(), data=data, training=training, privacy=privacy, ledger=ledger, entropy=entropy
+        )
         state = heart_model().state_dict()
         for number in range(1, training.rounds + 1):
             state = trainer.train(state, run="alone", round_number=number).state
     return evaluate_scores(predict(heart_model(), state, test.test_features), test.test_labels, bins)
 
 
-def train_pooled(pooled: Hospital, *, sites: int, training: Training, privacy: Privacy, bins: int) -> Metrics:
+def train_pooled(
+    pooled: Hospital, *, sites: int, training: Training, privacy: Privacy, bins: int, entropy: Entropy = os.urandom
+) -> Metrics:
     """The metrics of the same recipe on all data in one place, without differential privacy."""
     whole = msgspec.structs.replace(training, batch_size=training.batch_size * sites)
     plain = msgspec.structs.replace(privacy, mode="none")
-    return train_alone(pooled, test=pooled, training=whole, privacy=plain, bins=bins)
+    return train_alone(pooled, test=pooled, training=whole, privacy=plain, bins=bins, entropy=entropy)
