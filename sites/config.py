@@ -137,7 +137,6 @@ def open_site(path: Path) -> OpenSite:
         found = f"up to epsilon {offered.epsilon:g} at delta {offered.delta:g}" if offered.mode == "local" else "none"
         raise ManifestError(
             f"{folder / config.manifest}: differential privacy: {found}, expected at most the epsilon "
-            f"{own.epsilon:g} at "
-            f"delta {own.delta:g} that {path} allows"
+            f"{own.epsilon:g} at delta {own.delta:g} that {path} allows"
         )
     return OpenSite(name=keys.site, config=config, folder=folder, keys=keys, manifest=manifest)

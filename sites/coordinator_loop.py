@@ -130,8 +130,7 @@ class CoordinatorLoop:
                 if failures == FAILURES_IN_A_ROW or (aggregate is None and number > rounds):
                     raise FederationFailed(
                         f"coordinator: round {number} and {failures - 1} before it ended without a release, the last "
-                        "one with "
-                        f"{record.error}; the model of the last finished round is in {self._state}"
+                        f"one with {record.error}; the model of the last finished round is in {self._state}"
                     )
             code = "finished"
         finally:

@@ -89,8 +89,7 @@ class Round:
             found = "none" if epsilon is None else f"{epsilon:.4g}"
             raise ParameterError(
                 f"round {self.number}: found {found} as the epsilon spent so far, expected one up to "
-                f"{privacy.epsilon:g}, "
-                "since the consortium's privacy mode is local"
+                f"{privacy.epsilon:g}, since the consortium's privacy mode is local"
             )
         who = f"state submitted to round {self.number}"
         update = self._session.spec.flatten(state, who=who).astype(np.float64) - self._task.vector
