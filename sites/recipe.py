@@ -53,6 +53,7 @@ def new_manifest(
     ShapeMismatch.
     """
     spec = ModelSpec.of_bytes(initial, who="initial model")
+    spec.from_bytes(initial, who="initial model")  # only float32 tensors travel
     tables: dict[str, msgspec.Struct] = {
         "consortium": Consortium(name=name),
         "policy": POLICY,

@@ -8,7 +8,9 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
+from safetensors.numpy import save
 
 from sites import cli
 from sites.demo import free_port
@@ -188,6 +190,20 @@ def test_manifest_signed_by_all_but_not_the_pinned_one(run: Run, consortium: Pat
     path.write_text(path.read_text().replace("epsilon = 1.0", "epsilon = 0.5"))
     sign_again(consortium)
     assert "expected the pinned" in failure(run("site", consortium / "cleveland" / "SITE.toml"))
+
+
+def test_a_model_that_cannot_travel(run: Run, tmp_path: Path) -> None:
+    """A model with a tensor of another kind than float32 is refused when the manifest is made, and named."""
+    for name in ("sum", *NAMES):
+        run("keygen", name, "--out", tmp_path)
+    initial = tmp_path / "initial.safetensors"
+    initial.write_bytes(save({"weight": np.zeros(3, np.float32), "steps": np.zeros(1, np.int64)}))
+    outcome = run(
+        *("consortium", "create", tmp_path / "manifest.toml", "--name", "Test", "--coordinator", tmp_path / "sum.card"),
+        *("--address", "tcp://127.0.0.1:9", "--initial", initial, *(tmp_path / f"{name}.card" for name in NAMES)),
+    )
+    assert "initial model: tensor steps has dtype torch.int64, expected torch.float32" in failure(outcome)
+    assert not (tmp_path / "manifest.toml").exists()
 
 
 def test_unknown_site(run: Run, consortium: Path) -> None:

@@ -569,7 +569,9 @@ class RoundsUnderAttack(RuleBasedStateMachine):
         for site, participant in self.participants.items():
             if isinstance(participant.phase, Aborted):
                 assert [field.name for field in dataclasses.fields(participant.phase)] == ["error"]
-                kept = [type(leaf) for leaf in leaves(vars(participant)) if not isinstance(leaf, str | int | type | None)]
+                kept = [
+                    type(leaf) for leaf in leaves(vars(participant)) if not isinstance(leaf, str | int | type | None)
+                ]
                 assert not kept, f"{site} keeps {kept}"
 
     def teardown(self) -> None:
