@@ -22,7 +22,10 @@ from support.consortium import Consortium, make_consortium
 from transport import Endpoint, PeerId, connect, listen
 
 PLAIN = msgspec.structs.replace(PRIVACY, mode="none")
-QUICK = msgspec.structs.replace(DEADLINES, join_seconds=3.0, phase_seconds=1.0, training_seconds=1.5)
+# Deadlines that a test waits out where a machine fails, long enough for a live one on a busy computer ...
+QUICK = msgspec.structs.replace(DEADLINES, join_seconds=4.0, phase_seconds=3.0, training_seconds=3.0)
+# ... and such that no test waits for.
+PATIENT = msgspec.structs.replace(DEADLINES, join_seconds=4.0, phase_seconds=30.0, training_seconds=30.0)
 STRICT = msgspec.structs.replace(ENCODING, out_of_range="error")
 INITIAL = save({"weight": torch.zeros(1, 3), "bias": torch.zeros(1)})
 
