@@ -8,11 +8,12 @@ a new run, model, consortium or process continues it.
 import fcntl
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from hashlib import sha256
 from pathlib import Path
-from typing import Any, Final
+from typing import IO, Any, Final
 
 from dp.errors import LedgerTampered, UnsupportedEvent
 from dp.events import PoissonSampledGaussian
@@ -42,7 +43,8 @@ class Ledger:
         self._head = _GENESIS
         self._releases: list[Release] = []
         if path.exists():
-            self._load()
+            with self._locked():
+                pass
 
     @property
     def releases(self) -> tuple[Release, ...]:
@@ -66,10 +68,7 @@ class Ledger:
         called then, and may raise to refuse the release.
         """
         new = not self._path.exists()
-        with self._path.open("ab") as file:
-            # Stops two processes that each see room for a release which the budget has only once.
-            fcntl.flock(file, fcntl.LOCK_EX)
-            self._load()
+        with self._locked() as file:
             check()
             line = self._line(release)
             file.write(line)
@@ -83,6 +82,16 @@ class Ledger:
                 os.fsync(folder)
             finally:
                 os.close(folder)
+
+    @contextmanager
+    def _locked(self) -> Iterator[IO[bytes]]:
+        """The file, open for appending and for this process alone, with what all processes have booked read from it."""
+        with self._path.open("ab") as file:
+            # Stops two processes that each see room for a release which the budget has only once, and one that takes
+            # what another is just writing for the torn line of a crash.
+            fcntl.flock(file, fcntl.LOCK_EX)
+            self._load()
+            yield file
 
     def _line(self, release: Release) -> bytes:
         fields = {"previous": self._head, "mechanism": type(release.event).__name__, **asdict(release)}

@@ -124,6 +124,7 @@ def run_site(
         write_atomic(site.state / "summary.json", msgspec.json.format(msgspec.json.encode(summary)) + b"\n")
         return summary
 
+    summarise()  # whatever happens in the first round, there is one
     with federation:
         for training_round in federation.rounds():
             began = time.monotonic()

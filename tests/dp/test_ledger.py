@@ -1,6 +1,7 @@
 """The durable record of releases."""
 
 import fcntl
+import threading
 from contextlib import suppress
 from hashlib import sha256
 from pathlib import Path
@@ -142,6 +143,29 @@ def test_a_reservation_is_exclusive(path: Path) -> None:
 
     Ledger(path).reserve(release(5), check=check)
     assert blocked == [True]
+
+
+def test_a_reader_does_not_cut_off_what_is_being_written(path: Path) -> None:
+    """A ledger opened while another process writes an entry waits for its end, and takes no half line for torn."""
+    whole = path.read_bytes()
+    half = threading.Event()
+    opened: list[Ledger] = []
+
+    def write() -> None:
+        with path.open("ab") as file:
+            fcntl.flock(file, fcntl.LOCK_EX)
+            path.write_bytes(whole[:-10])
+            half.set()
+            reader.join(timeout=0.3)
+            assert not opened
+            file.write(whole[-10:])
+
+    reader = threading.Thread(target=lambda: half.wait() and opened.append(Ledger(path)))
+    reader.start()
+    write()
+    reader.join()
+    assert path.read_bytes() == whole
+    assert opened[0].releases == tuple(release(number) for number in range(1, 5))
 
 
 def test_booking_again_after_a_disk_failure(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -133,6 +133,18 @@ def test_a_hospital_that_fails(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+def test_a_hospital_that_fails_before_it_has_done_anything(tmp_path: Path) -> None:
+    """A hospital that falls silent with its first message is in the table all the same, with nothing spent."""
+    result, printed, _ = demo(tmp_path, "--drop", "va:AdvertisingKeys", "--rounds", "1")
+    assert {site["name"]: site["survived"] for site in result["sites"]} == {
+        **dict.fromkeys(PATIENTS, True),
+        "va": False,
+    }
+    assert result["sites"][3]["epsilon"] == result["sites"][3]["bytes_sent"] == 0
+    assert "Round 1: va stopped answering in AdvertisingKeys; the round released the sum of" in printed
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("phase", ["AdvertisingKeys", "SharingKeys", "CheckingConsistency", "Unmasking"])
 def test_a_hospital_that_fails_in_each_other_phase(tmp_path: Path, phase: str) -> None:
     """The same in every other phase."""
