@@ -43,8 +43,7 @@ def rdp_epsilon(events: Iterable[PoissonSampledGaussian], delta: float) -> float
 
 @lru_cache(maxsize=256)
 def _curve_of_a_step(sampling_rate: float, noise_multiplier: float) -> tuple[float, ...]:
-    """Renyi divergence at each of ORDERS of one step.  It takes a tenth of a second, and a run repeats its "
-    "mechanism."""
+    """Renyi divergence of one step at each of ORDERS; takes a tenth of a second, and a run repeats its mechanism."""
     from opacus.accountants.analysis import rdp  # noqa: PLC0415
 
     curve = rdp.compute_rdp(q=sampling_rate, noise_multiplier=noise_multiplier, steps=1, orders=ORDERS)
@@ -70,13 +69,14 @@ def noise_multiplier_for(
         return rdp_epsilon([*spent, event], delta)
 
     so_far = rdp_epsilon(spent, delta)
+    found = f"noise for {steps} steps at sampling rate {sampling_rate:.4g}: epsilon {so_far:.4g} is spent"
+    allowed = f"expected at most {epsilon:g} at delta {delta:g}"
     # What this function leaves over of a budget is no budget for another run, which would release nothing but noise.
-    if so_far > USED_UP * epsilon or (least := total(LARGEST_NOISE_MULTIPLIER)) > epsilon:
-        more = "" if so_far > USED_UP * epsilon else f" and the least that these can cost leads to {least:.4g}"
-        raise BudgetExhausted(
-            f"noise for {steps} steps at sampling rate {sampling_rate:.4g}: epsilon {so_far:.4g} is spent{more}, "
-            f"expected at most {epsilon:g} at delta {delta:g}"
-        )
+    if so_far > USED_UP * epsilon:
+        raise BudgetExhausted(f"{found}, {allowed}")
+    least = total(LARGEST_NOISE_MULTIPLIER)
+    if least > epsilon:
+        raise BudgetExhausted(f"{found} and the least that these can cost leads to {least:.4g}, {allowed}")
     high = 1.0
     while total(high) > epsilon:
         high *= 2

@@ -145,6 +145,7 @@ def train_plain(
     entropy: Callable[[int], bytes] = os.urandom,
 ) -> None:
     """The same training without clipping and noise: no differential privacy."""
+    model.train()
     optimizer = torch.optim.SGD(model.parameters(), lr=plan.learning_rate)
     coins = csprng(entropy)
     for _ in range(plan.steps):

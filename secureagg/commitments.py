@@ -25,7 +25,7 @@ def share_commitments(
 ) -> bytes:
     """64 bytes: the commitments to what ``holder`` gets of ``owner``, of the mask key first, then of the self seed."""
     return b"".join(
-        labels.digest(label, parameters.context, owner.encode(), holder.encode(), share)
+        _share_commitment(parameters, label, owner, holder, share)
         for label, share in ((labels.MASK_KEY_SHARE, mask_key), (labels.SELF_SEED_SHARE, self_seed))
     )
 
@@ -41,9 +41,13 @@ def check_share_commitments(
     who: str,
 ) -> None:
     """Raise AuthenticationFailed naming ``who`` unless each given share is the one that ``owner`` committed to."""
-    found = share_commitments(
-        parameters, owner=owner, holder=holder, mask_key=mask_key or b"", self_seed=self_seed or b""
-    )
-    for share, part in ((mask_key, slice(DIGEST_BYTES)), (self_seed, slice(DIGEST_BYTES, None))):
-        if share is not None and found[part] != committed[part]:
+    for label, share, expected in (
+        (labels.MASK_KEY_SHARE, mask_key, committed[:DIGEST_BYTES]),
+        (labels.SELF_SEED_SHARE, self_seed, committed[DIGEST_BYTES:]),
+    ):
+        if share is not None and _share_commitment(parameters, label, owner, holder, share) != expected:
             raise AuthenticationFailed(f"{who}: not the share that {owner} committed to for {holder}")
+
+
+def _share_commitment(parameters: RoundParameters, label: bytes, owner: SiteId, holder: SiteId, share: bytes) -> bytes:
+    return labels.digest(label, parameters.context, owner.encode(), holder.encode(), share)

@@ -68,7 +68,7 @@ from secureagg.phases import (
 )
 from secureagg.shamir import check_share, lagrange_coefficients, reconstruct
 
-__all__ = ["Aggregate", "Coordinator", "Outbound"]
+__all__ = ["MESSAGE_OF_PHASE", "Aggregate", "Coordinator", "Outbound"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -375,3 +375,6 @@ _COLLECTORS: Final[dict[tuple[type, type], _Collector]] = {
     (CheckingConsistency, SurvivorSignature): Coordinator._collect_signature,
     (Unmasking, UnmaskShares): Coordinator._collect_unmask_shares,
 }
+
+# Phase by name, in order -> the message by whose absence it is noticed that a site has stopped answering.
+MESSAGE_OF_PHASE: Final[dict[str, type]] = {phase.__name__: message for phase, message in _COLLECTORS}

@@ -14,7 +14,7 @@ import numpy.typing as npt
 
 from secureagg.errors import ParameterError, ShapeMismatch, ValueOutOfRange
 from secureagg.identity import Entropy
-from secureagg.keystream import Keystream, Spread, parts_of
+from secureagg.keystream import Keystream, Spread, in_parts, parts_of
 from secureagg.lanes import CANARY, CLIPPED, WEIGHT, Counts, FixedPoint, Lane, RingLane, Words, integer
 from secureagg.parameters import RoundParameters
 
@@ -106,8 +106,7 @@ def decode_total(
         np.divide(total[part], divisor, out=mean[part])
         mean[part] *= unit
 
-    for _ in spread(decode_part, parts_of(len(total), _BLOCK_VALUES)):
-        pass
+    in_parts(decode_part, parts_of(len(total), _BLOCK_VALUES), spread)
     return mean
 
 

@@ -38,6 +38,12 @@ def parts_of(length: int, block: int) -> list[slice]:
     return [slice(start, min(start + size, length)) for start in range(0, length, size)]
 
 
+def in_parts(work: Callable[[slice], None], parts: Iterable[slice], spread: Spread) -> None:
+    """Do ``work`` on each part, and return when all of it is done."""
+    for _ in spread(work, parts):
+        pass
+
+
 class Keystream:
     """The AES-256-CTR keystream of a 32-byte key, read once from ``offset`` (in bytes, a multiple of 16) to the end."""
 

@@ -13,7 +13,7 @@ import numpy.typing as npt
 
 from secureagg.agreement import pairwise_mask_key, self_mask_key
 from secureagg.identity import SiteId
-from secureagg.keystream import Keystream, Spread, block_words, parts_of
+from secureagg.keystream import Keystream, Spread, block_words, in_parts, parts_of
 from secureagg.lanes import RingLane, Words
 from secureagg.packing import pack
 from secureagg.parameters import RoundParameters
@@ -40,8 +40,7 @@ def masks_of_input(
 def apply_masks(words: Words, masks: Iterable[MaskKey], *, spread: Spread = map) -> None:
     """Add or subtract each mask's keystream to ``words`` in place, modulo the word; the caller reduces to the ring."""
     keys = list(masks)
-    for _ in spread(lambda part: _mask(words[part], keys, start=part.start), _parts(words)):
-        pass
+    in_parts(lambda part: _mask(words[part], keys, start=part.start), _parts(words), spread)
 
 
 def unmasked_total(
@@ -55,8 +54,7 @@ def unmasked_total(
         _mask(words[part], keys, start=part.start)
         total[part] = ring_lane.lift(ring_lane.reduce(words[part]))
 
-    for _ in spread(unmask, _parts(words)):
-        pass
+    in_parts(unmask, _parts(words), spread)
     return total
 
 

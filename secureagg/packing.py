@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from secureagg.errors import MalformedMessage
-from secureagg.keystream import Spread, parts_of
+from secureagg.keystream import Spread, in_parts, parts_of
 from secureagg.lanes import RingLane, Words
 
 # A block of both forms stays in cache while its groups are passed over once for each place; a multiple of 8 values
@@ -75,8 +75,7 @@ def add_packed(total: Words, ring_lane: RingLane, packed: bytes | memoryview, *,
                 column &= window.dtype.type((1 << bits) - 1)
                 np.add(values, column.astype(values.dtype, copy=False), out=values)
 
-    for _ in spread(add_part, parts_of(len(total), _BLOCK_VALUES)):
-        pass
+    in_parts(add_part, parts_of(len(total), _BLOCK_VALUES), spread)
 
 
 def _windows(values: Words, stream: _Bytes, bits: int) -> Iterator[tuple[Words, Words, int, _Bytes | None]]:

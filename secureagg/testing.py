@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from secureagg.codec import decode_from_coordinator, decode_from_site, encode
-from secureagg.coordinator import Coordinator, Outbound
+from secureagg.coordinator import MESSAGE_OF_PHASE, Coordinator, Outbound
 from secureagg.encoding import EncodedInput, encode_input
 from secureagg.errors import ParameterError, RoundReplayed, ShapeMismatch
 from secureagg.identity import Card, Entropy, Identity, Roster, SiteId, site_id
@@ -21,7 +21,7 @@ from secureagg.parameters import RoundParameters
 from secureagg.participant import Participant
 from secureagg.phases import Aborted, CoordinatorFinished
 
-PHASES: Final = ("AdvertisingKeys", "SharingKeys", "CollectingMaskedInputs", "CheckingConsistency", "Unmasking")
+PHASES: Final = tuple(MESSAGE_OF_PHASE)
 BACKENDS: Final = ("masked",)
 LANE: Final = "update"
 

@@ -10,6 +10,7 @@ from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, NoReturn
 
+import msgspec
 import typer
 from rich.console import Console
 from rich.markup import escape
@@ -20,8 +21,6 @@ from sites.errors import SiteError
 from transport import TransportError
 
 if TYPE_CHECKING:
-    import msgspec
-
     from sites.coordinator_loop import RoundRecord
     from sites.manifest import Manifest
 
@@ -261,14 +260,11 @@ def demo(
     )
 
 
-def _changed(table: "msgspec.Struct", **fields: object) -> "msgspec.Struct":
-    import msgspec  # noqa: PLC0415
-
+def _changed(table: msgspec.Struct, **fields: object) -> msgspec.Struct:
     return msgspec.structs.replace(table, **{name: value for name, value in fields.items() if value is not None})
 
 
 def _print_manifest(manifest: "Manifest") -> None:
-    import msgspec  # noqa: PLC0415
     from rich.table import Table  # noqa: PLC0415
 
     table = Table(show_header=False, title=f"Consortium {manifest.consortium.name}", title_justify="left")

@@ -11,14 +11,8 @@ from typing import Final
 import msgspec
 
 from secureagg import codec as round_codec
-from secureagg.messages import (
-    EncryptedShares,
-    KeyAdvertisement,
-    MaskedInput,
-    SurvivorSignature,
-    ToCoordinator,
-    UnmaskShares,
-)
+from secureagg.coordinator import MESSAGE_OF_PHASE
+from secureagg.messages import KeyAdvertisement
 from sites import control
 from sites.config import OpenSite, open_site
 from sites.coordinator_loop import CoordinatorLoop, RoundRecord
@@ -34,15 +28,6 @@ from transport import DealerEndpoint, Endpoint, Limits, PeerId, listen
 log = logging.getLogger("secureagg.site")
 
 DROPPED_EXIT_STATUS: Final = 70
-
-# The message by whose absence a coordinator notices, in each phase, that a site has stopped answering.
-MESSAGE_OF_PHASE: Final[dict[str, type[ToCoordinator]]] = {
-    "AdvertisingKeys": KeyAdvertisement,
-    "SharingKeys": EncryptedShares,
-    "CollectingMaskedInputs": MaskedInput,
-    "CheckingConsistency": SurvivorSignature,
-    "Unmasking": UnmaskShares,
-}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

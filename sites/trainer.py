@@ -57,9 +57,9 @@ def binary_loss(predictions: torch.Tensor, targets: torch.Tensor) -> torch.Tenso
 class LocalTrainer:
     """One hospital's trainer over all rounds of a run.
 
-    With ``ledger`` and ``budget`` it trains by DP-SGD: each round is booked before a patient is sampled, and refused
+    With a ``ledger`` it trains by DP-SGD: each round is booked before a patient is sampled, and refused
     (BudgetExhausted) when the budget has no room.  The noise is chosen once per run, so that the planned rounds
-    spend what the budget and the ledger leave.  Without them (``privacy.mode == "none"``) it trains in clear.
+    spend what the budget and the ledger leave.  With ``privacy.mode == "none"`` it trains without privacy.
     """
 
     def __init__(
@@ -105,7 +105,6 @@ class LocalTrainer:
         """
         self._model.load_state_dict(state)
         features, targets = torch.from_numpy(self._data.train_features), torch.from_numpy(self._data.train_labels)
-        self._model.train()
         if self._guard is None:
             train_plain(self._model, binary_loss, features, targets, plan=self._plan, entropy=self._entropy)
         else:
@@ -133,7 +132,7 @@ class LocalTrainer:
         """One round's release.  A run that continues after a restart keeps the noise that it began with."""
         releases = guard.ledger.releases
         begun = next((release.event.noise_multiplier for release in releases if release.run == run), None)
-        self.noise_multiplier = begun or self._least_noise(guard)
+        self.noise_multiplier = self._least_noise(guard) if begun is None else begun
         return PoissonSampledGaussian(
             sampling_rate=self._plan.sampling_rate, noise_multiplier=self.noise_multiplier, steps=self._plan.steps
         )

@@ -20,8 +20,7 @@ def event(q: float = 0.02, z: float = 1.0, steps: int = 50) -> PoissonSampledGau
 
 
 def test_one_round_is_not_fifty() -> None:
-    """The known trap: 50 steps at q = 0.02, z = 1 cost 1.61, fifty such rounds together 6.93, however they are "
-    "split."""
+    """The known trap: 50 steps at q = 0.02, z = 1 cost 1.61, fifty such rounds together 6.93, however split."""
     assert rdp_epsilon([event()], DELTA) == pytest.approx(1.61, abs=0.01)
     assert rdp_epsilon([event()] * 50, DELTA) == pytest.approx(6.93, abs=0.01)
     assert rdp_epsilon([event(steps=2500)], DELTA) == pytest.approx(rdp_epsilon([event()] * 50, DELTA), rel=1e-9)
@@ -38,8 +37,7 @@ def test_never_above_opacus_own_accountant(q: float, z: float, steps: int) -> No
 
 @pytest.mark.parametrize(("z", "steps"), [(4.0, 1), (10.0, 20), (1.5, 3)])
 def test_full_batches_by_hand(z: float, steps: int) -> None:
-    """With everybody in each step, RDP is alpha T / (2 z^2), converted as Balle et al. 2020 and minimised over "
-    "orders."""
+    """With everybody in each step, RDP is alpha T / (2 z^2), converted as Balle et al. 2020, the least over orders."""
     by_hand = min(
         alpha * steps / (2 * z * z) + math.log((alpha - 1) / alpha) - (math.log(DELTA) + math.log(alpha)) / (alpha - 1)
         for alpha in ORDERS

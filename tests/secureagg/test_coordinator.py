@@ -139,8 +139,7 @@ BAD_CONTENTS: dict[str, tuple[type, Bad, type, str]] = {
 
 @pytest.mark.parametrize("case", BAD_CONTENTS)
 def test_bad_contents_are_refused_and_leave_no_trace(case: str) -> None:
-    """A signed but unfit message is refused naming sender and fault; the right one is still taken and the sum is "
-    "right."""
+    """A signed but unfit message is refused naming sender and fault; the right one is still taken, the sum right."""
     kind, make_bad, error, text = BAD_CONTENTS[case]
     stopped = waiting_for(kind)
     site, good = stopped.pending[0]
