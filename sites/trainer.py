@@ -18,7 +18,7 @@ from dp.events import PoissonSampledGaussian
 from dp.ledger import Ledger, Release
 from dp.training import Plan, train_plain, train_private
 from secureagg.identity import Entropy
-from sites.config import LocalPrivacy, OpenSite
+from sites.config import OpenSite
 from sites.datasets.heart import HOSPITALS, Hospital, load_hospitals
 from sites.errors import ConfigurationError, DatasetError
 from sites.manifest import Privacy, Training
@@ -70,7 +70,6 @@ class LocalTrainer:
         training: Training,
         privacy: Privacy,
         ledger: Ledger | None = None,
-        limit: PrivacyBudget | None = None,
         entropy: Entropy = os.urandom,
     ) -> None:
         """Raise ConfigurationError if the privacy mode is "local" and there is no ledger."""
@@ -93,7 +92,7 @@ class LocalTrainer:
                 raise ConfigurationError(
                     f"trainer of {data.name}: privacy mode local, but no ledger to book releases in"
                 )
-            self._guard = BudgetGuard(limit or PrivacyBudget(privacy.epsilon, privacy.delta), ledger)
+            self._guard = BudgetGuard(PrivacyBudget(privacy.epsilon, privacy.delta), ledger)
             self.epsilon = self._guard.spent
             with suppress(BudgetExhausted):  # a run that continues has its noise, another is refused when it trains
                 self._least_noise(self._guard)  # takes seconds once, which the first round must not wait for
@@ -158,7 +157,7 @@ def predict(model: nn.Module, state: State, features: npt.NDArray[np.float32]) -
 
 def trainer_for(site: OpenSite) -> LocalTrainer:
     """The trainer that a site's configuration describes; ConfigurationError or DatasetError if it describes none."""
-    data, own = site.config.data, site.config.privacy
+    data = site.config.data
     if data is None:
         raise ConfigurationError(
             f"site {site.name}: no [data] in its configuration; the site program needs it, `sites.join` does not"
@@ -167,20 +166,11 @@ def trainer_for(site: OpenSite) -> LocalTrainer:
         raise DatasetError(f"heart data: found hospital {data.hospital!r}, expected one of {', '.join(HOSPITALS)}")
     hospital = load_hospitals(site.folder / data.folder if data.folder else None)[data.hospital]
     privacy = site.manifest.privacy
-    ledger, limit = None, None
+    ledger = None
     if privacy.mode == "local":
         site.state.mkdir(parents=True, exist_ok=True)
         ledger = Ledger(site.state / LEDGER)
-        # The site's own limit, or the consortium's where that is lower; at the smaller delta.
-        epsilon, delta = privacy.epsilon, privacy.delta
-        if isinstance(own, LocalPrivacy):
-            epsilon, delta = min(epsilon, own.epsilon), min(delta, own.delta)
-        limit = PrivacyBudget(epsilon, delta)
+    # The manifest's bounds are the budget: a site's own policy was wider, or `open_site` would have refused them.
     return LocalTrainer(
-        model=heart_model(),
-        data=hospital,
-        training=site.manifest.training,
-        privacy=privacy,
-        ledger=ledger,
-        limit=limit,
+        model=heart_model(), data=hospital, training=site.manifest.training, privacy=privacy, ledger=ledger
     )

@@ -8,9 +8,11 @@ from support.rounds import StoppedRound
 from secureagg import AuthenticationFailed, MalformedMessage
 from secureagg.agreement import seal_shares
 from secureagg.codec import sign
+from secureagg.commitments import share_commitments
 from secureagg.messages import CohortKeys, EncryptedShares, MaskedInput, ShareDelivery, UnmaskRequest
 from secureagg.phases import Aborted, AwaitingShares, CoordinatorFinished
-from secureagg.shamir import PRIME
+from secureagg.shamir import PRIME, share
+from secureagg.testing import CountingEntropy
 
 replace = msgspec.structs.replace
 
@@ -87,10 +89,6 @@ def test_a_dropout_that_dealt_another_key() -> None:
 
 def deal_again(stopped: StoppedRound, liar: str, phase: AwaitingShares) -> EncryptedShares:
     """The shares of random secrets, sealed and committed to as the protocol has it."""
-    from secureagg.commitments import share_commitments
-    from secureagg.shamir import share
-    from secureagg.testing import CountingEntropy
-
     parameters, entropy = stopped.parameters, CountingEntropy(b"liar")
     positions = list(parameters.positions.values())
     keys, seeds = (

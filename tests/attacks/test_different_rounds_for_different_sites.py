@@ -1,9 +1,10 @@
 """Attack: some sites are shown another model, policy, cohort or round than the others, to tell their updates apart."""
 
 import pytest
+from msgspec.structs import replace
 from support.rounds import HISTOGRAM, UPDATE, StoppedRound
 
-from secureagg import FixedPoint, Lane, SiteId, UnexpectedMessage
+from secureagg import AuthenticationFailed, FixedPoint, Lane, SiteId, UnexpectedMessage
 from secureagg.messages import CohortKeys
 
 LANES = {
@@ -55,10 +56,6 @@ def test_advertisements_of_another_round_under_this_rounds_envelope() -> None:
 
     Stopped by the context check of each advertisement in ``Participant._share_secrets``.
     """
-    from msgspec.structs import replace
-
-    from secureagg import AuthenticationFailed
-
     earlier = StoppedRound(run="earlier run").until(CohortKeys)
     stopped = StoppedRound()
     now = stopped.until(CohortKeys)[stopped.sites[0]]

@@ -1,5 +1,6 @@
 """Attack: a masked input is changed, exchanged, repeated, moved to another round or made too large on its way."""
 
+import dataclasses
 from hashlib import sha256
 
 import msgspec
@@ -119,9 +120,7 @@ def test_a_colluder_that_masks_wrongly() -> None:
 
 def replace_digest(phase: object, message: MaskedInput) -> object:
     """The phase of a site that takes ``message`` for its own input."""
-    from dataclasses import replace as replaced
-
-    return replaced(phase, input_digest=input_digest(message.chunk_digests))
+    return dataclasses.replace(phase, input_digest=input_digest(message.chunk_digests))
 
 
 @pytest.mark.parametrize("change", [{"survivors": 3}, {"canary": 3}, {"survivors": 5, "canary": 5}])

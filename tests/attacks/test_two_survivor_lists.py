@@ -18,7 +18,7 @@ from secureagg import (
     labels,
 )
 from secureagg.codec import encode
-from secureagg.messages import SurvivorList, SurvivorSignature, UnmaskRequest, UnmaskShares
+from secureagg.messages import MaskedInput, SurvivorList, SurvivorSignature, UnmaskRequest, UnmaskShares
 
 replace = msgspec.structs.replace
 
@@ -173,8 +173,6 @@ def test_a_list_that_cannot_be_true(shown: str) -> None:
 def test_never_both_kinds_of_share_of_one_site() -> None:
     """In an answer each sharer appears once: survivors with self-seed shares, dropouts with mask-key shares."""
     stopped = StoppedRound(6)
-    from secureagg.messages import MaskedInput
-
     stopped.silent[stopped.sites[5]] = MaskedInput
     asked = stopped.until(UnmaskRequest)
     for site, message in asked.items():

@@ -10,7 +10,6 @@ import tomli_w
 import torch
 from support.consortium import make_consortium
 
-from dp.budget import PrivacyBudget
 from dp.errors import BudgetExhausted
 from dp.ledger import Ledger
 from sites import recipe
@@ -43,9 +42,11 @@ def hospital():
 DATA = hospital()
 
 
-def new_trainer(ledger=None, *, privacy=PRIVACY, training=TRAINING, limit=None):
+def new_trainer(ledger=None, *, privacy=PRIVACY, training=TRAINING, epsilon=None):
     """A trainer on the made-up patients."""
-    return LocalTrainer(model=heart_model(), data=DATA, training=training, privacy=privacy, ledger=ledger, limit=limit)
+    if epsilon is not None:
+        privacy = msgspec.structs.replace(privacy, epsilon=epsilon)
+    return LocalTrainer(model=heart_model(), data=DATA, training=training, privacy=privacy, ledger=ledger)
 
 
 def same(one, other):
@@ -118,7 +119,7 @@ def test_an_extra_round(spent):
 def test_a_new_run_on_a_spent_ledger(spent):
     """A new run does not begin on data whose ledger already holds more than the budget, and nothing is booked."""
     before = spent.read_bytes()
-    trainer = new_trainer(Ledger(spent), limit=PrivacyBudget(0.9, PRIVACY.delta))
+    trainer = new_trainer(Ledger(spent), epsilon=0.9)
     with pytest.raises(BudgetExhausted, match="is spent"):
         trainer.train(heart_model().state_dict(), run="another", round_number=1)
     assert spent.read_bytes() == before
@@ -135,12 +136,12 @@ def test_a_new_run_after_a_finished_one(spent):
 def test_a_new_run_on_a_partly_spent_ledger(tmp_path):
     """A second run gets what the first has left, by more noise: both together stay within the budget."""
     short = msgspec.structs.replace(TRAINING, rounds=2)
-    half = PrivacyBudget(PRIVACY.epsilon / 2, PRIVACY.delta)
+    half = PRIVACY.epsilon / 2
     path, state = tmp_path / LEDGER, heart_model().state_dict()
-    first, second = new_trainer(Ledger(path), training=short, limit=half), None
+    first, second = new_trainer(Ledger(path), training=short, epsilon=half), None
     for number in (1, 2):
         first.train(state, run="first", round_number=number)
-    assert first.epsilon <= half.epsilon
+    assert first.epsilon <= half
     second = new_trainer(Ledger(path), training=short)
     for number in (1, 2):
         second.train(state, run="second", round_number=number)
