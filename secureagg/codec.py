@@ -14,7 +14,7 @@ from secureagg.errors import MalformedMessage
 from secureagg.identity import Identity, verify
 from secureagg.messages import AnyMessage, MaskedInput, SiteMessage, ToCoordinator, ToSite
 
-HEADER_BYTES: Final = 1 << 20  # a cohort of 1,000 needs a quarter of it
+HEADER_BYTES: Final = 4 << 20  # a cohort of 1,000 needs a sixteenth of it, or half with 600 neighbours each
 
 _encoder = msgspec.msgpack.Encoder()
 _from_site: "msgspec.msgpack.Decoder[ToCoordinator]" = msgspec.msgpack.Decoder(ToCoordinator)

@@ -6,13 +6,20 @@
 What an honest coordinator checks, it checks so that one bad site cannot spoil the round for the others: a bad message
 is refused with the state unchanged.  A phase ends when everyone still expected has answered, or when ``close_phase``
 says that the time is up; then the round goes on with those who answered, or ends without a release.
+
+Who holds shares of whom is what tells the sparse graph from the complete one; ``COMPLETE`` and ``SPARSE`` at the end
+say which message is collected when.
 """
 
-from collections.abc import Callable, Iterable
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Set as AbstractSet
 from copy import copy
 from dataclasses import dataclass
+from functools import cache
 from typing import Any, Final
 
+import msgspec
 import numpy as np
 
 from secureagg import labels
@@ -30,18 +37,28 @@ from secureagg.errors import (
     ThresholdNotMet,
     UnexpectedMessage,
 )
+from secureagg.graph import check_neighbours
 from secureagg.identity import SiteId, verify
 from secureagg.keystream import Spread
 from secureagg.lanes import CANARY, WEIGHT
 from secureagg.masking import MaskKey, pairwise_sign, unmasked_total
 from secureagg.messages import (
+    Acknowledgement,
+    AcknowledgementList,
     CohortKeys,
     EncryptedShares,
     KeyAdvertisement,
     MaskedInput,
+    Positions,
     RoundFailed,
     RoundReceipt,
     ShareDelivery,
+    SparseAdvertisement,
+    SparseDelivery,
+    SparseInput,
+    SparseKeys,
+    SparseReceipt,
+    SparseSurvivors,
     SurvivorList,
     SurvivorSignature,
     ToCoordinator,
@@ -88,8 +105,10 @@ class Coordinator:
     def __init__(self, *, parameters: RoundParameters, spread: Spread = map) -> None:
         self._parameters = parameters
         self._spread = spread
+        self._collectors = COMPLETE if parameters.neighbours is None else SPARSE
         self._phase: CoordinatorPhase = AdvertisingKeys()
         self._gone: set[SiteId] = set()
+        self._coefficients = cache(lagrange_coefficients)  # on the complete graph all secrets share one set
 
     @property
     def phase(self) -> CoordinatorPhase:
@@ -125,7 +144,7 @@ class Coordinator:
             raise AuthenticationFailed(f"{who}: found a message signed as {message.sender}, expected {sender}")
         if message.context != self._parameters.context:
             raise UnexpectedMessage(f"{who}: {type(message).__name__} of another round, model or parameters")
-        handler = _COLLECTORS.get((type(phase), type(message)))
+        handler = self._collectors.get((type(phase), type(message)))
         if handler is None or isinstance(phase, CoordinatorFinished | Aborted):
             raise UnexpectedMessage(f"{who}: found {type(message).__name__}, which has no place in this phase")
         if sender in phase.received:
@@ -160,21 +179,30 @@ class Coordinator:
         probe = KeyPair(bytes(range(32)))
         for name, key in (("mask", message.mask_key), ("channel", message.channel_key)):
             probe.agree(key, who=f"{who}: {name} key")
+        if isinstance(message, SparseAdvertisement):
+            check_neighbours(
+                message.neighbours,
+                position=self._parameters.positions[message.sender],
+                cohort_size=len(self._parameters.cohort),
+                neighbours=self._parameters.neighbours or 0,
+                who=who,
+            )
         phase.received[message.sender] = message
 
     def _collect_shares(self, phase: SharingKeys, message: EncryptedShares, who: str) -> None:
+        holders = self._holders(phase.advertisements[message.sender]) & phase.advertisements.keys()
         recipients = named(message.ciphertexts, who=who).keys()
-        if recipients != phase.advertisements.keys() - {message.sender}:
+        if recipients != holders - {message.sender}:
             raise MalformedMessage(
-                f"{who}: shares for {len(recipients)} peers, expected {len(phase.advertisements) - 1}"
+                f"{who}: shares for {len(recipients)} peers, expected {len(holders - {message.sender})}"
             )
         if len(message.commitment) != DIGEST_BYTES:
             raise MalformedMessage(f"{who}: a commitment of {len(message.commitment)} bytes, expected {DIGEST_BYTES}")
         committed = named(message.share_commitments, who=who)
-        if committed.keys() != phase.advertisements.keys() or {*map(len, committed.values())} != {COMMITMENTS_BYTES}:
+        if committed.keys() != holders or {*map(len, committed.values())} != {COMMITMENTS_BYTES}:
             raise MalformedMessage(
                 f"{who}: share commitments for {len(committed)} holders, expected {COMMITMENTS_BYTES} bytes for each "
-                f"of {len(phase.advertisements)}"
+                f"of {len(holders)}"
             )
         phase.received[message.sender] = message
 
@@ -190,6 +218,8 @@ class Coordinator:
             )
         if chunk_digests(message.chunks, spread=self._spread) != message.chunk_digests:
             raise AuthenticationFailed(f"{who}: a chunk is not the one that was signed")
+        if isinstance(message, SparseInput):
+            self._check_inclusion(phase, message, who)
         packed = memoryview(b"".join(message.chunks))
         lanes: dict[str, memoryview] = {}
         for name, ring_lane in self._parameters.lanes.items():
@@ -197,7 +227,19 @@ class Coordinator:
             check_packed(ring_lane, lanes[name], who=who)
         for name, ring_lane in self._parameters.lanes.items():
             add_packed(phase.sums[name], ring_lane, lanes[name], spread=self._spread)
+        if isinstance(message, SparseInput):
+            phase.inclusions[message.sender] = message.inclusion
         phase.received[message.sender] = input_digest(message.chunk_digests)
+
+    def _check_inclusion(self, phase: CollectingMaskedInputs, message: SparseInput, who: str) -> None:
+        stated = message.inclusion
+        # Stops a statement that the site's holders would refuse: it is refused here, and its sender is known.
+        if (stated.sender, stated.context) != (message.sender, message.context):
+            raise AuthenticationFailed(f"{who}: an inclusion stated by {stated.sender} or in another context")
+        check_signature(stated, self._parameters.roster[message.sender].signing_key)
+        expected = phase.dealings[message.sender].share_commitments.keys() & phase.dealings.keys()
+        if stated.neighbours != self._positions(expected):
+            raise MalformedMessage(f"{who}: {len(stated.neighbours)} holders included, expected {len(expected)}")
 
     def _collect_signature(self, phase: CheckingConsistency, message: SurvivorSignature, who: str) -> None:
         key = self._parameters.roster[message.sender].signing_key
@@ -205,11 +247,18 @@ class Coordinator:
         verify(key, message.list_signature, labels.SURVIVORS, self._parameters.context, signed, who=who)
         phase.received[message.sender] = message.list_signature
 
+    def _collect_acknowledgement(self, phase: CheckingConsistency, message: Acknowledgement, who: str) -> None:
+        expected = self._positions(phase.dealings[message.sender].held & dict(phase.survivors.survivors).keys())
+        if message.survivors != expected:
+            raise MalformedMessage(f"{who}: {len(message.survivors)} survivors, expected {len(expected)}")
+        phase.received[message.sender] = message
+
     def _collect_unmask_shares(self, phase: Unmasking, message: UnmaskShares, who: str) -> None:
-        survivors = {site for site, _ in phase.survivors.survivors}
+        held = phase.dealings[message.sender].held
+        survivors = held & {site for site, _ in phase.survivors.survivors}
         for kind, found, expected in (
             ("self_seed", message.self_seed_shares, survivors),
-            ("mask_key", message.mask_key_shares, phase.dealings.keys() - survivors),
+            ("mask_key", message.mask_key_shares, held - survivors),
         ):
             what = f"{who}: {kind.replace('_', '-')} share"
             shares = named(found, who=who)
@@ -250,39 +299,13 @@ class Coordinator:
             )
         match phase:
             case AdvertisingKeys():
-                advertisements = {site: phase.received[site] for site in received}
-                keys = CohortKeys(context=context, advertisements=tuple(advertisements.values()))
-                return SharingKeys(advertisements), self._to(received, keys)
+                return self._keys_shown(phase)
             case SharingKeys():
-                delivered = {site: dict(phase.received[site].ciphertexts) for site in received}
-                committed = {site: dict(phase.received[site].share_commitments) for site in received}
-                outbound = [
-                    Outbound(
-                        site,
-                        ShareDelivery(
-                            context=context,
-                            share_commitments=tuple(
-                                (sender, committed[sender][site]) for sender in received if sender != site
-                            ),
-                            ciphertexts=tuple(
-                                (sender, delivered[sender][site]) for sender in received if sender != site
-                            ),
-                        ),
-                    )
-                    for site in received
-                ]
-                return self._collecting(phase), outbound
-            case CollectingMaskedInputs(dealings=dealings, sums=sums):
-                survivors = SurvivorList(
-                    context=context, survivors=tuple((site, phase.received[site]) for site in received)
-                )
-                return CheckingConsistency(dealings, sums, survivors), self._to(received, survivors)
-            case CheckingConsistency(dealings=dealings, sums=sums, survivors=survivors):
-                request = UnmaskRequest(
-                    context=context, list_signatures=tuple((site, phase.received[site]) for site in received)
-                )
-                unmasking = Unmasking(dealings, sums, survivors, frozenset(received))
-                return unmasking, self._to(received, request)
+                return self._shares_delivered(phase)
+            case CollectingMaskedInputs():
+                return self._survivors_shown(phase)
+            case CheckingConsistency():
+                return self._shares_asked_for(phase)
             case Unmasking():
                 aggregate = self._unmask(phase)
                 receipt = RoundReceipt(
@@ -291,48 +314,165 @@ class Coordinator:
                     canary=int(aggregate.totals[CANARY][0]),
                     aggregate_digest=aggregate.digest,
                 )
+                if self._parameters.neighbours is not None:
+                    receipt = SparseReceipt(
+                        **msgspec.structs.asdict(receipt),
+                        neighbours=self._parameters.neighbours,
+                        threshold=self._parameters.threshold,
+                    )
                 return CoordinatorFinished(aggregate), self._to(received, receipt)
 
-    def _collecting(self, phase: SharingKeys) -> CollectingMaskedInputs:
-        return CollectingMaskedInputs(
-            dealings={
-                site: Dealing(phase.advertisements[site].mask_key, message.commitment, dict(message.share_commitments))
-                for site, message in phase.received.items()
-            },
-            sums={name: np.zeros(lane.lane.length, lane.word) for name, lane in self._parameters.lanes.items()},
-        )
+    def _keys_shown(self, phase: AdvertisingKeys) -> tuple[SharingKeys, list[Outbound]]:
+        """Show everyone the keys of its neighbours."""
+        holders = {site: self._holders(advertisement) for site, advertisement in phase.received.items()}
+        taking_part = self._recoverable(holders, phase)
+        advertisements = {site: phase.received[site] for site in taking_part}
+        outbound = self._left_out(phase.received.keys() - set(taking_part))
+        if self._parameters.neighbours is None:
+            keys = CohortKeys(context=self._parameters.context, advertisements=tuple(advertisements.values()))
+            return SharingKeys(advertisements), outbound + self._to(taking_part, keys)
+        neighbours = {site: {site, *holders[site]} for site in taking_part}
+        for site in taking_part:
+            for holder in holders[site] & advertisements.keys():
+                neighbours[holder].add(site)
+        for site in taking_part:
+            shown = [advertisements[peer] for peer in sorted(neighbours[site] & advertisements.keys())]
+            sparse = tuple(item for item in shown if isinstance(item, SparseAdvertisement))
+            outbound += self._to([site], SparseKeys(context=self._parameters.context, advertisements=sparse))
+        return SharingKeys(advertisements), outbound
+
+    def _shares_delivered(self, phase: SharingKeys) -> tuple[CollectingMaskedInputs, list[Outbound]]:
+        """Hand to each sharer what its dealers sealed for it."""
+        committed = {site: dict(message.share_commitments) for site, message in phase.received.items()}
+        sealed = {site: dict(message.ciphertexts) for site, message in phase.received.items()}
+        sharers = self._recoverable({site: holders.keys() for site, holders in committed.items()}, phase)
+        outbound = self._left_out(phase.received.keys() - set(sharers))
+        held: defaultdict[SiteId, list[SiteId]] = defaultdict(list)
+        for site in sharers:
+            for holder in committed[site]:
+                held[holder].append(site)
+        for site in sharers:
+            dealers = [dealer for dealer in held[site] if dealer != site]
+            delivery = ShareDelivery(
+                context=self._parameters.context,
+                share_commitments=tuple((dealer, committed[dealer][site]) for dealer in dealers),
+                ciphertexts=tuple((dealer, sealed[dealer][site]) for dealer in dealers),
+            )
+            if self._parameters.neighbours is not None:
+                alive = self._positions(committed[site].keys() & set(sharers))
+                delivery = SparseDelivery(**msgspec.structs.asdict(delivery), sharers=alive)
+            outbound += self._to([site], delivery)
+        dealings = {
+            site: Dealing(
+                mask_key=phase.advertisements[site].mask_key,
+                seed_commitment=phase.received[site].commitment,
+                share_commitments=committed[site],
+                held=frozenset(held[site]),
+            )
+            for site in sharers
+        }
+        sums = {name: np.zeros(lane.lane.length, lane.word) for name, lane in self._parameters.lanes.items()}
+        return CollectingMaskedInputs(dealings=dealings, sums=sums), outbound
+
+    def _survivors_shown(self, phase: CollectingMaskedInputs) -> tuple[CheckingConsistency, list[Outbound]]:
+        """Show the survivors the list of them, or on the sparse graph what those they hold shares of stated."""
+        context = self._parameters.context
+        survivors = SurvivorList(context=context, survivors=tuple(sorted(phase.received.items())))
+        following = CheckingConsistency(phase.dealings, phase.sums, survivors)
+        if self._parameters.neighbours is None:
+            return following, self._to(sorted(phase.received), survivors)
+        stated = phase.inclusions
+        outbound = []
+        for site in sorted(stated):
+            inclusions = tuple(stated[dealer] for dealer in sorted(phase.dealings[site].held & stated.keys()))
+            outbound += self._to([site], SparseSurvivors(context=context, inclusions=inclusions))
+        return following, outbound
+
+    def _shares_asked_for(self, phase: CheckingConsistency) -> tuple[Unmasking, list[Outbound]]:
+        """Pass on what proves to a site that it may reveal its shares, and note whom that reaches."""
+        context, received = self._parameters.context, sorted(phase.received)
+        outbound = []
+        if self._parameters.neighbours is None:
+            signatures = tuple((site, item) for site, item in sorted(phase.received.items()) if isinstance(item, bytes))
+            outbound = self._to(received, UnmaskRequest(context=context, list_signatures=signatures))
+        else:
+            acknowledged = {site: item for site, item in phase.received.items() if isinstance(item, Acknowledgement)}
+            for site in received:
+                holders = sorted(phase.dealings[site].share_commitments.keys() & acknowledged.keys())
+                if len(holders) >= self._parameters.threshold:
+                    own = tuple(acknowledged[holder] for holder in holders)
+                    outbound += self._to([site], AcknowledgementList(context=context, acknowledgements=own))
+        asked = frozenset(item.recipient for item in outbound)
+        return Unmasking(phase.dealings, phase.sums, phase.survivors, asked), outbound
+
+    def _holders(self, advertisement: KeyAdvertisement) -> frozenset[SiteId]:
+        """Who is to get shares of the site that advertised."""
+        cohort = self._parameters.cohort
+        if isinstance(advertisement, SparseAdvertisement):
+            return frozenset(cohort[position - 1] for position in advertisement.neighbours)
+        return frozenset(cohort)
+
+    def _recoverable(self, holders: Mapping[SiteId, AbstractSet[SiteId]], phase: CollectingPhase) -> list[SiteId]:
+        """Those of ``holders`` with ``threshold`` holders among themselves, in order of name.
+
+        The others must not take part: masks that they share could never be removed.
+        """
+        remaining = set(holders)
+        while lost := {site for site in remaining if len(remaining & holders[site]) < self._parameters.threshold}:
+            remaining -= lost
+        if len(remaining) < self._parameters.minimum_survivors:
+            raise ThresholdNotMet(
+                f"coordinator, {type(phase).__name__}: {len(remaining)} sites with enough holders, expected at least "
+                f"{self._parameters.minimum_survivors}"
+            )
+        return sorted(remaining)
+
+    def _left_out(self, sites: Iterable[SiteId]) -> list[Outbound]:
+        return self._to(sorted(sites), RoundFailed(context=self._parameters.context, code=ThresholdNotMet.code))
+
+    def _positions(self, sites: Iterable[SiteId]) -> Positions:
+        return tuple(self._parameters.positions[site] for site in sorted(sites))
+
+    def _recover(
+        self, phase: Unmasking, revealed: Mapping[SiteId, Mapping[SiteId, bytes]], owner: SiteId, what: str
+    ) -> tuple[bytes, str]:
+        """A secret of ``owner`` from what its first ``threshold`` holders ``revealed``, and where it comes from."""
+        threshold = self._parameters.threshold
+        holders = tuple(sorted(phase.dealings[owner].share_commitments.keys() & revealed.keys())[:threshold])
+        if len(holders) < threshold:
+            raise ThresholdNotMet(
+                f"coordinator, Unmasking: {len(holders)} shares of the {what} of {owner}, expected {threshold}"
+            )
+        who = f"{what} of {owner}, from the shares of {', '.join(holders)}"
+        positions = self._positions(holders)
+        shares = {position: revealed[holder][owner] for position, holder in zip(positions, holders, strict=True)}
+        return reconstruct(shares, self._coefficients(positions), owner=owner, who=who), who
 
     def _unmask(self, phase: Unmasking) -> Aggregate:
         """Remove from the sum every survivor's self mask and the dropouts' pairwise masks; release it if the canary
         holds."""
         parameters = self._parameters
         survivors = tuple(site for site, _ in phase.survivors.survivors)
-        dropouts = sorted(phase.dealings.keys() - set(survivors))
-        # Every secret is reconstructed from the same holders, so one set of coefficients serves all.
-        holders = sorted(phase.received)[: parameters.threshold]
-        coefficients = lagrange_coefficients([parameters.positions[holder] for holder in holders])
-        seed_shares = {
-            parameters.positions[holder]: dict(phase.received[holder].self_seed_shares) for holder in holders
-        }
-        key_shares = {parameters.positions[holder]: dict(phase.received[holder].mask_key_shares) for holder in holders}
+        seed_shares = {holder: dict(message.self_seed_shares) for holder, message in phase.received.items()}
+        key_shares = {holder: dict(message.mask_key_shares) for holder, message in phase.received.items()}
 
         seeds: dict[SiteId, bytes] = {}
         for site in survivors:
-            who = f"self seed of {site}, from the shares of {', '.join(holders)}"
-            shares_of_seed = {at: shares[site] for at, shares in seed_shares.items()}
-            seeds[site] = reconstruct(shares_of_seed, coefficients, owner=site, who=who)
+            seeds[site], who = self._recover(phase, seed_shares, site, "self seed")
             # Stops a site that dealt shares of another seed from turning the sum into a wrong one.
             if seed_commitment(parameters, site, seeds[site]) != phase.dealings[site].seed_commitment:
                 raise AuthenticationFailed(f"{who}: not the seed that it committed to", blamed=site)
         secrets: dict[SiteId, dict[SiteId, bytes]] = {}
-        for site in dropouts:
-            who = f"mask key of {site}, from the shares of {', '.join(holders)}"
-            shares_of_key = {at: shares[site] for at, shares in key_shares.items()}
-            key = KeyPair(reconstruct(shares_of_key, coefficients, owner=site, who=who))
+        for site in sorted(phase.dealings.keys() - seeds.keys()):
+            secret_key, who = self._recover(phase, key_shares, site, "mask key")
+            key = KeyPair(secret_key)
             if key.public != phase.dealings[site].mask_key:
                 raise AuthenticationFailed(f"{who}: not the key that it advertised", blamed=site)
+            dealers = phase.dealings[site].held
             secrets[site] = {
-                peer: key.agree(phase.dealings[peer].mask_key, who=f"mask key of {peer}") for peer in survivors
+                peer: key.agree(phase.dealings[peer].mask_key, who=f"mask key of {peer}")
+                for peer in survivors
+                if peer in dealers or peer in phase.dealings[site].share_commitments
             }
 
         totals, means = {}, {}
@@ -367,14 +507,22 @@ class Coordinator:
 
 
 _Collector = Callable[[Coordinator, Any, Any, str], None]
+_Collectors = dict[tuple[type, type], _Collector]
 
-_COLLECTORS: Final[dict[tuple[type, type], _Collector]] = {
+COMPLETE: Final[_Collectors] = {
     (AdvertisingKeys, KeyAdvertisement): Coordinator._collect_advertisement,
     (SharingKeys, EncryptedShares): Coordinator._collect_shares,
     (CollectingMaskedInputs, MaskedInput): Coordinator._collect_input,
     (CheckingConsistency, SurvivorSignature): Coordinator._collect_signature,
     (Unmasking, UnmaskShares): Coordinator._collect_unmask_shares,
 }
+SPARSE: Final[_Collectors] = {
+    (AdvertisingKeys, SparseAdvertisement): Coordinator._collect_advertisement,
+    (SharingKeys, EncryptedShares): Coordinator._collect_shares,
+    (CollectingMaskedInputs, SparseInput): Coordinator._collect_input,
+    (CheckingConsistency, Acknowledgement): Coordinator._collect_acknowledgement,
+    (Unmasking, UnmaskShares): Coordinator._collect_unmask_shares,
+}
 
 # Phase by name, in order -> the message by whose absence it is noticed that a site has stopped answering.
-MESSAGE_OF_PHASE: Final[dict[str, type]] = {phase.__name__: message for phase, message in _COLLECTORS}
+MESSAGE_OF_PHASE: Final[dict[str, type]] = {phase.__name__: message for phase, message in COMPLETE}

@@ -2,7 +2,7 @@
 
 The coordinator's word is never trusted, so its messages need no signature of their own: each is either checked against
 what the site knows, or consists of things that other sites signed.  Fields named ``context`` hold the round's 32-byte
-context; a signature covers the whole message but itself.
+context; a signature covers the whole message but itself.  A round has the messages of one graph only.
 """
 
 from itertools import pairwise
@@ -104,14 +104,95 @@ class RoundReceipt(Message, frozen=True, tag="round-receipt", array_like=True, k
     aggregate_digest: bytes
 
 
+# --- what differs on the sparse graph; positions are places in the cohort, from 1, in ascending order ---
+
+Positions = tuple[int, ...]
+
+
+class SparseAdvertisement(KeyAdvertisement, frozen=True, tag="sparse-advertisement", array_like=True, kw_only=True):
+    """Message 0: the keys, and the neighbours that the site drew as holders of its shares."""
+
+    neighbours: Positions
+
+
+class SparseKeys(Message, frozen=True, tag="sparse-keys", array_like=True, kw_only=True):
+    """The coordinator relays to one site its own advertisement, its holders' and those of the sites that drew it."""
+
+    advertisements: tuple[SparseAdvertisement, ...]
+
+
+class SparseDelivery(ShareDelivery, frozen=True, tag="sparse-delivery", array_like=True, kw_only=True):
+    """What those who drew the site sealed for it, and which of its own holders shared too."""
+
+    sharers: Positions
+
+
+class Inclusion(SiteMessage, frozen=True, tag="inclusion", array_like=True, kw_only=True):
+    """The site's statement to its holders: the masks that it shares with these of them are in its masked input."""
+
+    neighbours: Positions
+
+
+class SparseInput(MaskedInput, frozen=True, tag="sparse-input", array_like=True, kw_only=True):
+    """Message 2: the masked input, and the statement that the coordinator passes on to the site's holders."""
+
+    inclusion: Inclusion
+
+
+class SparseSurvivors(Message, frozen=True, tag="sparse-survivors", array_like=True, kw_only=True):
+    """Whose masked inputs the coordinator has, among the sites whose shares the recipient holds: their statements."""
+
+    inclusions: tuple[Inclusion, ...]
+
+
+class Acknowledgement(SiteMessage, frozen=True, tag="acknowledgement", array_like=True, kw_only=True):
+    """Message 3: the site takes these for survivors; it will reveal the share of their self seed, if any."""
+
+    survivors: Positions
+
+
+class AcknowledgementList(Message, frozen=True, tag="acknowledgement-list", array_like=True, kw_only=True):
+    """What the recipient's own holders acknowledged."""
+
+    acknowledgements: tuple[Acknowledgement, ...]
+
+
+class SparseReceipt(RoundReceipt, frozen=True, tag="sparse-receipt", array_like=True, kw_only=True):
+    """Message 5, and which graph the round ran on: the number of holders and the threshold among them."""
+
+    neighbours: int
+    threshold: int
+
+
 class RoundFailed(Message, frozen=True, tag="round-failed", array_like=True, kw_only=True):
     """The round ended without a release; ``code`` is that of the error."""
 
     code: str
 
 
-ToCoordinator = KeyAdvertisement | EncryptedShares | MaskedInput | SurvivorSignature | UnmaskShares
-ToSite = CohortKeys | ShareDelivery | SurvivorList | UnmaskRequest | RoundReceipt | RoundFailed
+ToCoordinator = (
+    KeyAdvertisement
+    | EncryptedShares
+    | MaskedInput
+    | SurvivorSignature
+    | UnmaskShares
+    | SparseAdvertisement
+    | SparseInput
+    | Acknowledgement
+)
+ToSite = (
+    CohortKeys
+    | ShareDelivery
+    | SurvivorList
+    | UnmaskRequest
+    | RoundReceipt
+    | RoundFailed
+    | SparseKeys
+    | SparseDelivery
+    | SparseSurvivors
+    | AcknowledgementList
+    | SparseReceipt
+)
 AnyMessage = ToCoordinator | ToSite
 
 

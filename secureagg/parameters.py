@@ -7,24 +7,31 @@ signature verifies, no ciphertext opens and no mask cancels.
 Thresholds (protocol section 3).  n: cohort size, t: threshold, c: number of sites that may collude with the
 coordinator. To show one site as alive to some and as dropped to others, a lying coordinator needs t shares of each
 kind; honest sites give one kind only, colluding ones both, so at most n + c shares exist: 2t > n + c rules it out.  A
-released sum covers at least c + 2 sites, so that it hides each honest one among at least two.
+released sum covers at least c + 2 sites, so that it hides each honest one among at least two.  On the sparse graph of
+large cohorts (``graph``) each site has k holders of its shares, of whom t suffice, in place of n.
 """
 
 import struct
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from fractions import Fraction
 from functools import cached_property
 from types import MappingProxyType
-from typing import Final, Self
+from typing import Final, Literal, Self
 
 from secureagg import labels
 from secureagg.errors import ParameterError
+from secureagg.graph import choose_neighbourhood, least_honest_survivors
 from secureagg.identity import Roster, SiteId
 from secureagg.lanes import CANARY, CLIPPED, WEIGHT, Counts, FixedPoint, Lane, RingLane, integer
 
 MINIMUM_COHORT: Final = 3
 MAXIMUM_COHORT: Final = 1000  # on the complete graph, whose shares grow with the square of the cohort
+MAXIMUM_SPARSE_COHORT: Final = 10_000
+COMPLETE_UP_TO: Final = 100  # sites, unless it is asked for beyond
 DIGEST_BYTES: Final = 32
+
+Graph = Literal["auto", "complete", "sparse"]
 
 
 def default_threshold(cohort_size: int) -> int:
@@ -60,14 +67,101 @@ def check_thresholds(*, cohort_size: int, threshold: int, max_corrupt: int, mini
         raise ParameterError(f"minimum_survivors: found {h}, expected at most the cohort size {n}")
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Thresholds:
+    """The numbers that a round's security rests on.
+
+    ``neighbours``: holders of each site's shares, None for all of the cohort; ``threshold``: of them that reconstruct;
+    ``max_corrupt``: sites that may collude with the coordinator; ``minimum_survivors``: sites in a released sum.
+    """
+
+    neighbours: int | None
+    threshold: int
+    max_corrupt: int
+    minimum_survivors: int
+
+
+def choose_thresholds(
+    cohort_size: int,
+    *,
+    graph: Graph = "auto",
+    threshold: int | None = None,
+    max_corrupt: int | None = None,
+    max_dropouts: int | None = None,
+    minimum_survivors: int | None = None,
+) -> Thresholds:
+    """Derive what is not given, and check the whole; ParameterError, with the inequality, for what is not safe.
+
+    ``graph``: "auto" is the complete graph up to 100 sites and the sparse one beyond, if one is safe.
+
+    Defaults on the complete graph: threshold floor(2n/3) + 1; max_corrupt the largest that it allows;
+    minimum_survivors max(threshold, max_corrupt + 2).  On the sparse graph the threshold follows from max_corrupt and
+    ``max_dropouts``, which the round survives (default of both: a tenth of the cohort), and minimum_survivors is the
+    number of honest sites that every sum covers.
+    """
+    n = integer(cohort_size, what="cohort")
+    given = {"threshold": threshold, "max_corrupt": max_corrupt, "max_dropouts": max_dropouts}
+    given["minimum_survivors"] = minimum_survivors
+    numbers = {name: None if value is None else integer(value, what=name) for name, value in given.items()}
+    t, c, d, h = numbers.values()
+    if d is not None and not 0 <= d < n:
+        raise ParameterError(f"max_dropouts: found {d}, expected 0 to {n - 1}")
+    if graph not in ("auto", "complete", "sparse"):
+        raise ParameterError(f"graph: found {graph!r}, expected auto, complete or sparse")
+    if graph == "sparse" or (graph == "auto" and n > COMPLETE_UP_TO):
+        if t is not None:
+            raise ParameterError(f"threshold: found {t} on the sparse graph, which derives its own; or graph: complete")
+        chosen = _sparse_thresholds(n, max_corrupt=c, max_dropouts=d, minimum_survivors=h)
+        if chosen is not None:
+            return chosen
+        if graph == "sparse":
+            raise ParameterError(
+                f"graph: no sparse one is safe for {n} sites of which {n // 10 if c is None else c} may collude and "
+                f"{n // 10 if d is None else d} drop out, expected fewer or graph: complete"
+            )
+    t = default_threshold(n) if t is None else t
+    c = max(0, largest_max_corrupt(n, t)) if c is None else c
+    h = max(t, c + 2) if h is None else h
+    check_thresholds(cohort_size=n, threshold=t, max_corrupt=c, minimum_survivors=h)
+    if d is not None and n - h < d:
+        raise ParameterError(f"max_dropouts: found {d}, expected at most n - minimum_survivors = {n} - {h} = {n - h}")
+    return Thresholds(neighbours=None, threshold=t, max_corrupt=c, minimum_survivors=h)
+
+
+def _sparse_thresholds(
+    n: int, *, max_corrupt: int | None, max_dropouts: int | None, minimum_survivors: int | None
+) -> Thresholds | None:
+    """None if no sparse graph is safe."""
+    c = n // 10 if max_corrupt is None else max_corrupt
+    d = n // 10 if max_dropouts is None else max_dropouts
+    if not MINIMUM_COHORT <= n <= MAXIMUM_SPARSE_COHORT:
+        raise ParameterError(f"cohort: found {n} sites, expected {MINIMUM_COHORT} to {MAXIMUM_SPARSE_COHORT}")
+    if not 0 <= c < n:
+        raise ParameterError(f"max_corrupt: found {c}, expected 0 to {n - 1}")
+    chosen = choose_neighbourhood(n, corrupt=Fraction(c, n), dropouts=Fraction(d, n), one_sum=True)
+    if chosen is None:
+        return None
+    k, t = chosen.neighbours, chosen.threshold
+    # No site sees the whole cohort, so more than what the graph itself enforces cannot be promised.
+    enforced = min(least_honest_survivors(n, k, t, c), n - d)
+    h = enforced if minimum_survivors is None else minimum_survivors
+    if not c + 2 <= h <= enforced:
+        raise ParameterError(
+            f"minimum_survivors: found {h}, expected max_corrupt + 2 = {c + 2} to {enforced}, the honest sites that "
+            f"every sum covers on a graph of {k} neighbours and threshold {t}"
+        )
+    return Thresholds(neighbours=k, threshold=t, max_corrupt=c, minimum_survivors=h)
+
+
 @dataclass(frozen=True, kw_only=True)
 class RoundParameters:
     """Everything both sides must agree on before a round; built with ``create``, which derives and checks it.
 
     ``consortium``: names the consortium and its manifest; ``run``: one training run; ``round_number``: from 1.
     ``cohort``: the round's sites in order of name, each one's Shamir coordinate being its position, from 1.
-    ``lanes``: lane name -> lane and ring, in the order in which they travel.  ``model_digest``: SHA-256 of the global
-    model.
+    ``neighbours``: on the sparse graph the number of each site's holders, of whom ``threshold`` suffice; None on the
+    complete graph.  ``lanes``: lane name -> lane and ring, in the order in which they travel.  ``model_digest``:
+    SHA-256 of the global model.
     """
 
     consortium: str
@@ -81,6 +175,7 @@ class RoundParameters:
     lanes: Mapping[str, RingLane]
     max_weight: int | None
     model_digest: bytes = field(repr=False)
+    neighbours: int | None = None
 
     @classmethod
     def create(
@@ -97,11 +192,13 @@ class RoundParameters:
         threshold: int | None = None,
         max_corrupt: int | None = None,
         minimum_survivors: int | None = None,
+        graph: Graph = "auto",
+        max_dropouts: int | None = None,
     ) -> Self:
         """Derive what is not given, add the canary, weight and clip-count lanes, and check the whole.
 
-        Defaults: threshold floor(2n/3) + 1; max_corrupt the largest that it allows; minimum_survivors
-        max(threshold, max_corrupt + 2).  Raises ParameterError for a round that is unsafe or could wrap.
+        For the thresholds and their defaults see ``choose_thresholds``.  Raises ParameterError for a round that is
+        unsafe or could wrap.
         """
         members = list(cohort)
         names = tuple(sorted(members))
@@ -110,13 +207,16 @@ class RoundParameters:
         # Stops Sybil sites: nobody outside the pinned roster can be counted towards a threshold.
         if strangers := [site for site in names if site not in roster]:
             raise ParameterError(f"cohort: {', '.join(strangers)} not in the roster of {len(roster)} sites")
-        n = len(names)
-        t = default_threshold(n) if threshold is None else integer(threshold, what="threshold")
-        c = max(0, largest_max_corrupt(n, t)) if max_corrupt is None else integer(max_corrupt, what="max_corrupt")
-        h = max(t, c + 2) if minimum_survivors is None else integer(minimum_survivors, what="minimum_survivors")
+        chosen = choose_thresholds(
+            len(names),
+            graph=graph,
+            threshold=threshold,
+            max_corrupt=max_corrupt,
+            max_dropouts=max_dropouts,
+            minimum_survivors=minimum_survivors,
+        )
         round_number = integer(round_number, what="round number")
         max_weight = None if max_weight is None else integer(max_weight, what="max_weight")
-        check_thresholds(cohort_size=n, threshold=t, max_corrupt=c, minimum_survivors=h)
         if not 1 <= round_number < 1 << 63:
             raise ParameterError(f"round number: found {round_number}, expected 1 or more")
         if len(model_digest) != DIGEST_BYTES:
@@ -129,10 +229,11 @@ class RoundParameters:
             round_number=round_number,
             roster=roster,
             cohort=names,
-            threshold=t,
-            max_corrupt=c,
-            minimum_survivors=h,
-            lanes=_ring_lanes(lanes, cohort_size=n, max_weight=max_weight),
+            threshold=chosen.threshold,
+            max_corrupt=chosen.max_corrupt,
+            minimum_survivors=chosen.minimum_survivors,
+            neighbours=chosen.neighbours,
+            lanes=_ring_lanes(lanes, cohort_size=len(names), max_weight=max_weight),
             max_weight=max_weight,
             model_digest=model_digest,
         )
@@ -140,8 +241,11 @@ class RoundParameters:
     @cached_property
     def digest(self) -> bytes:
         """SHA-256 over thresholds, weights and lanes."""
+        numbers = [self.threshold, self.max_corrupt, self.minimum_survivors, self.max_weight or 0]
+        if self.neighbours is not None:
+            numbers.append(self.neighbours)
         parts = [
-            struct.pack("<4q", self.threshold, self.max_corrupt, self.minimum_survivors, self.max_weight or 0),
+            struct.pack(f"<{len(numbers)}q", *numbers),
             *(part for ring_lane in self.lanes.values() for part in _lane_parts(ring_lane)),
         ]
         return labels.digest(labels.PARAMETERS, *parts)

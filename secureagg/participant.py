@@ -4,17 +4,23 @@
             -> AwaitingUnmaskRequest -> AwaitingReceipt -> ParticipantFinished, or Aborted
 
 Whatever the coordinator sends is checked against what the site knows by itself.  One bad message ends the round for
-this site: the phase becomes ``Aborted``, which holds no secret, and the error is raised.  ``_TRANSITIONS`` is the
-whole list of what may happen when.
+this site: the phase becomes ``Aborted``, which holds no secret, and the error is raised.  ``COMPLETE`` and ``SPARSE``
+at the end are the whole list of what may happen when, on either graph.
+
+A site's ``holders`` have shares of its secrets, its ``dealers`` gave it shares of theirs.  On the complete graph both
+are everyone, the site itself among its holders; on the sparse graph it draws its holders, and those that drew it are
+its dealers.
 """
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from copy import copy
 from hashlib import sha256
 from itertools import chain
 from types import MappingProxyType
 from typing import Any, Final, Protocol, TypeVar
+
+import msgspec
 
 from secureagg import labels
 from secureagg.agreement import KeyPair, open_shares, seal_shares
@@ -32,18 +38,29 @@ from secureagg.errors import (
     ThresholdNotMet,
     UnexpectedMessage,
 )
+from secureagg.graph import MOST_DEALERS_PER_NEIGHBOUR, check_neighbours, draw_neighbours
 from secureagg.identity import Entropy, Identity, SiteId, verify
 from secureagg.keystream import Spread, parts_of
 from secureagg.masking import masked_and_packed, masks_of_input
 from secureagg.messages import (
+    Acknowledgement,
+    AcknowledgementList,
     CohortKeys,
     EncryptedShares,
+    Inclusion,
     KeyAdvertisement,
     MaskedInput,
+    Positions,
     RoundFailed,
     RoundReceipt,
     ShareDelivery,
     SiteMessage,
+    SparseAdvertisement,
+    SparseDelivery,
+    SparseInput,
+    SparseKeys,
+    SparseReceipt,
+    SparseSurvivors,
     SurvivorList,
     SurvivorSignature,
     ToCoordinator,
@@ -55,6 +72,7 @@ from secureagg.messages import (
 from secureagg.parameters import DIGEST_BYTES, RoundParameters
 from secureagg.phases import (
     Aborted,
+    AwaitingAcknowledgements,
     AwaitingCohortKeys,
     AwaitingInput,
     AwaitingReceipt,
@@ -108,11 +126,18 @@ class Participant:
         if parameters.roster[site].signing_key != identity.public_key:
             raise ParameterError(f"participant {site}: the roster lists another signing key for this site")
         # Stops a coordinator that forms a cohort too small for the site's own rule.
-        self._needed = max(parameters.threshold, parameters.minimum_survivors, minimum_survivors)
-        if len(parameters.cohort) < self._needed:
+        needed = max(parameters.threshold, parameters.minimum_survivors, minimum_survivors)
+        if parameters.neighbours is None and len(parameters.cohort) < needed:
             raise ThresholdNotMet(
-                f"participant {site}: a cohort of {len(parameters.cohort)} sites, expected at least {self._needed}"
+                f"participant {site}: a cohort of {len(parameters.cohort)} sites, expected at least {needed}"
             )
+        # On the sparse graph no site sees the whole cohort: more than what the graph enforces cannot be asked for.
+        if parameters.neighbours is not None and parameters.minimum_survivors < minimum_survivors:
+            raise ThresholdNotMet(
+                f"participant {site}: a graph that enforces {parameters.minimum_survivors} survivors, expected at "
+                f"least {minimum_survivors}"
+            )
+        self._needed = needed if parameters.neighbours is None else parameters.threshold
         self._site = site
         self._identity = identity
         self._parameters = parameters
@@ -133,15 +158,24 @@ class Participant:
             raise LocalProtocolError(f"participant {self._site}: started in phase {self._name()}, expected Created")
         # Stops a round that is run twice, which would give two answers for one set of inputs.
         self._journal.begin(self._parameters.run, self._parameters.round_number)
+        parameters = self._parameters
         mask_key, channel_key = KeyPair.generate(self._entropy), KeyPair.generate(self._entropy)
-        advertisement = self._sign(
-            KeyAdvertisement(
-                context=self._parameters.context,
-                sender=self._site,
-                mask_key=mask_key.public,
-                channel_key=channel_key.public,
-            )
+        advertisement = KeyAdvertisement(
+            context=parameters.context,
+            sender=self._site,
+            mask_key=mask_key.public,
+            channel_key=channel_key.public,
         )
+        if parameters.neighbours is not None:
+            # Drawn before the coordinator has said anything, by this site alone: a graph cannot be ground.
+            drawn = draw_neighbours(
+                position=parameters.positions[self._site],
+                cohort_size=len(parameters.cohort),
+                neighbours=parameters.neighbours,
+                entropy=self._entropy,
+            )
+            advertisement = SparseAdvertisement(**msgspec.structs.asdict(advertisement), neighbours=drawn)
+        advertisement = self._sign(advertisement)
         self._phase = AwaitingCohortKeys(mask_key, channel_key, advertisement)
         return [advertisement]
 
@@ -167,7 +201,8 @@ class Participant:
         try:
             if message.context != self._parameters.context:
                 raise UnexpectedMessage(self._who(f"{type(message).__name__} of another round or other parameters"))
-            handler = _TRANSITIONS.get((type(self._phase), type(message)))
+            table = COMPLETE if self._parameters.neighbours is None else SPARSE
+            handler = table.get((type(self._phase), type(message)))
             if handler is None:
                 raise UnexpectedMessage(self._who(f"found {type(message).__name__}, which has no place in this phase"))
             phase, replies = handler(self, self._phase, message)
@@ -178,17 +213,18 @@ class Participant:
 
     # --- one handler per transition ---
 
-    def _share_secrets(self, phase: AwaitingCohortKeys, message: CohortKeys) -> _Step[AwaitingShares]:
-        """Message 1: check everyone's keys, then share the own secrets among those who advertised."""
+    def _share_secrets(self, phase: AwaitingCohortKeys, message: CohortKeys | SparseKeys) -> _Step[AwaitingShares]:
+        """Message 1: check everyone's keys, then share the own secrets among the holders who advertised."""
         parameters = self._parameters
         advertisements = {advertisement.sender: advertisement for advertisement in message.advertisements}
         if len(advertisements) != len(message.advertisements):
             raise MalformedMessage(self._who("an advertisement is listed twice"))
-        self._need(len(advertisements), "advertisements")
+        # Stops Sybil sites outside the cohort.
+        if strangers := advertisements.keys() - parameters.positions.keys():
+            raise UnexpectedMessage(self._who(f"an advertisement of {min(strangers)}, who is not in the cohort"))
+        holders, dealers = self._holders_and_dealers(advertisements)
+        self._need(len(holders), "holders who advertised")
         for sender, advertisement in advertisements.items():
-            # Stops Sybil sites outside the cohort.
-            if sender not in parameters.positions:
-                raise UnexpectedMessage(self._who(f"an advertisement of {sender}, who is not in the cohort"))
             # Stops an advertisement of another round, model or policy.
             if advertisement.context != parameters.context:
                 raise AuthenticationFailed(self._who(f"the advertisement of {sender} is bound to another context"))
@@ -213,20 +249,23 @@ class Participant:
             for peer in peers
         }
         self_seed = self._entropy(SECRET_BYTES)
-        positions = [parameters.positions[site] for site in sorted(advertisements)]
+        positions = self._positions(holders)
         mask_key_shares, seed_shares = (
             share(secret, threshold=parameters.threshold, positions=positions, entropy=self._entropy)
             for secret in (phase.mask_key.secret_bytes(), self_seed)
         )
         ciphertexts, commitments = [], []
-        for holder in sorted(advertisements):
+        held = {}
+        for holder in sorted(holders):
             position = parameters.positions[holder]
             mask_key_share, seed_share = mask_key_shares[position], seed_shares[position]
             committed = share_commitments(
                 parameters, owner=self._site, holder=holder, mask_key=mask_key_share, self_seed=seed_share
             )
             commitments.append((holder, committed))
-            if holder != self._site:
+            if holder == self._site:
+                held[holder] = HeldShares(mask_key_share, seed_share)
+            else:
                 sealed = seal_shares(
                     parameters,
                     channel_secrets[holder],
@@ -235,7 +274,6 @@ class Participant:
                     recipient=holder,
                 )
                 ciphertexts.append((holder, sealed))
-        own = parameters.positions[self._site]
         reply = EncryptedShares(
             context=parameters.context,
             sender=self._site,
@@ -243,20 +281,26 @@ class Participant:
             share_commitments=tuple(commitments),
             ciphertexts=tuple(ciphertexts),
         )
-        own_shares = HeldShares(mask_key_shares[own], seed_shares[own])
-        return AwaitingShares(mask_secrets, channel_secrets, self_seed, own_shares), [self._sign(reply)]
+        following = AwaitingShares(mask_secrets, channel_secrets, self_seed, holders, dealers, MappingProxyType(held))
+        return following, [self._sign(reply)]
 
-    def _take_shares(self, phase: AwaitingShares, message: ShareDelivery) -> _Step[AwaitingInput]:
-        """Open every peer's shares; whoever sent none has dropped out and gets no pairwise mask."""
+    def _take_shares(self, phase: AwaitingShares, message: ShareDelivery | SparseDelivery) -> _Step[AwaitingInput]:
+        """Open every dealer's shares; whoever sent none has dropped out and gets no pairwise mask."""
         delivered = named(message.ciphertexts, who=self._who("share delivery"))
         committed = named(message.share_commitments, who=self._who("share commitments"))
         if committed.keys() != delivered.keys():
             raise MalformedMessage(self._who(f"commitments of {len(committed)} sharers, expected {len(delivered)}"))
-        self._need(len(delivered) + 1, "sharers")
-        held = {self._site: phase.own_shares}
+        alive = {self._site, *delivered}
+        if isinstance(message, SparseDelivery):
+            # Of a holder that did not draw this site, the coordinator's word is all there is: a holder called dead is
+            # one that the input has no mask with, and to which no inclusion is stated.
+            alive |= self._sites(message.sharers, among=phase.holders, what="sharers")
+        if strangers := delivered.keys() - phase.dealers:
+            raise UnexpectedMessage(self._who(f"shares of {min(strangers)}, of whom this site is no holder"))
+        holders = phase.holders & alive
+        self._need(len(holders), "holders who shared")
+        held = dict(phase.held)
         for sender, sealed in delivered.items():
-            if sender not in phase.channel_secrets:
-                raise UnexpectedMessage(self._who(f"shares of {sender}, who advertised no keys to this site"))
             shares = open_shares(
                 self._parameters, phase.channel_secrets[sender], sealed, sender=sender, recipient=self._site
             )
@@ -277,8 +321,8 @@ class Participant:
                 self_seed=held[sender].self_seed,
                 who=self._who(f"share of {sender}"),
             )
-        mask_secrets = {peer: phase.mask_secrets[peer] for peer in delivered}
-        return AwaitingInput(mask_secrets, phase.self_seed, MappingProxyType(held)), []
+        mask_secrets = {peer: phase.mask_secrets[peer] for peer in sorted(alive - {self._site})}
+        return AwaitingInput(mask_secrets, phase.self_seed, holders, MappingProxyType(held)), []
 
     def _send_masked_input(self, phase: AwaitingInput, encoded: EncodedInput) -> _Step[AwaitingSurvivors]:
         """Message 2: the input under the self mask and a pairwise mask with every other sharer."""
@@ -300,10 +344,15 @@ class Participant:
         message = MaskedInput(
             context=self._parameters.context, sender=self._site, chunk_digests=digests, chunks=tuple(chunks)
         )
-        return AwaitingSurvivors(phase.held, input_digest(digests)), [self._sign(message)]
+        if self._parameters.neighbours is not None:
+            inclusion = Inclusion(
+                context=self._parameters.context, sender=self._site, neighbours=self._positions(phase.holders)
+            )
+            message = SparseInput(**msgspec.structs.asdict(message), inclusion=self._sign(inclusion))
+        return AwaitingSurvivors(phase.holders, phase.held, input_digest(digests)), [self._sign(message)]
 
     def _sign_survivors(self, phase: AwaitingSurvivors, message: SurvivorList) -> _Step[AwaitingUnmaskRequest]:
-        """Message 3: sign the one list of survivors that this site will help to unmask."""
+        """Message 3 on the complete graph: sign the one list of survivors that this site will help to unmask."""
         survivors = named(message.survivors, who=self._who("survivor list"))
         self._need(len(survivors), "survivors")
         if unknown := survivors.keys() - phase.held.keys():
@@ -318,7 +367,7 @@ class Participant:
         return AwaitingUnmaskRequest(phase.held, message), [self._sign(reply)]
 
     def _reveal_shares(self, phase: AwaitingUnmaskRequest, message: UnmaskRequest) -> _Step[AwaitingReceipt]:
-        """Message 4: one kind of share for each sharer, once ``threshold`` sites have signed this very list."""
+        """Message 4 on the complete graph, once ``threshold`` sites have signed this very list of survivors."""
         parameters = self._parameters
         survivors = [site for site, _ in phase.survivors.survivors]
         signatures = named(message.list_signatures, who=self._who("unmask request"))
@@ -343,16 +392,52 @@ class Participant:
                     f"{len(signatures)} signatures on the survivor list, expected at least {parameters.threshold}"
                 )
             )
+        return self._reveal(phase.held, survivors)
+
+    def _acknowledge(self, phase: AwaitingSurvivors, message: SparseSurvivors) -> _Step[AwaitingAcknowledgements]:
+        """Message 3 on the sparse graph: say which dealers this site takes for survivors."""
+        survivors = [inclusion.sender for inclusion in message.inclusions]
+        if survivors != sorted(set(survivors)):
+            raise MalformedMessage(self._who("inclusions repeat or are out of order"))
+        for inclusion in message.inclusions:
+            if inclusion.sender not in phase.held:
+                raise InconsistentSurvivors(self._who(f"{inclusion.sender} survived without having dealt to this site"))
+            # Stops a survivor whose masked input has no mask with this site: with enough of such holders, the
+            # coordinator would cut the graph in two and read the sum of each part.
+            self._check_statement(inclusion, inclusion.neighbours)
+        reply = Acknowledgement(
+            context=self._parameters.context, sender=self._site, survivors=self._positions(survivors)
+        )
+        return AwaitingAcknowledgements(phase.holders, phase.held, frozenset(survivors)), [self._sign(reply)]
+
+    def _reveal_acknowledged(
+        self, phase: AwaitingAcknowledgements, message: AcknowledgementList
+    ) -> _Step[AwaitingReceipt]:
+        """Message 4 on the sparse graph, once ``threshold`` of its own holders take this site for a survivor."""
+        senders = [item.sender for item in message.acknowledgements]
+        if senders != sorted(set(senders)):
+            raise MalformedMessage(self._who("acknowledgements repeat or are out of order"))
+        for item in message.acknowledgements:
+            if item.sender not in phase.holders:
+                raise InconsistentSurvivors(self._who(f"an acknowledgement of {item.sender}, who is no holder"))
+            self._check_statement(item, item.survivors)
+        # Stops a coordinator that calls this site dropped to some and alive to others: so many honest holders will
+        # reveal its self seed only that too few are left for its mask key.
+        self._need(len(senders), "acknowledgements")
+        return self._reveal(phase.held, sorted(phase.survivors))
+
+    def _reveal(self, held: Mapping[SiteId, HeldShares], survivors: Sequence[SiteId]) -> _Step[AwaitingReceipt]:
+        """Message 4: one kind of share of each site whose shares this one holds."""
         # Stops a second answer, also after a crash: noted before anything leaves.
-        self._journal.answer(parameters.run, parameters.round_number)
+        self._journal.answer(self._parameters.run, self._parameters.round_number)
         # Dropouts are derived here, not taken from a message, so no site can be named as survivor and as dropout:
         # holding both kinds of share of one site would unmask that site alone.
-        dropouts = sorted(phase.held.keys() - set(survivors))
+        dropouts = sorted(held.keys() - set(survivors))
         reply = UnmaskShares(
-            context=parameters.context,
+            context=self._parameters.context,
             sender=self._site,
-            self_seed_shares=tuple((site, phase.held[site].self_seed) for site in survivors),
-            mask_key_shares=tuple((site, phase.held[site].mask_key) for site in dropouts),
+            self_seed_shares=tuple((site, held[site].self_seed) for site in survivors),
+            mask_key_shares=tuple((site, held[site].mask_key) for site in dropouts),
         )
         return AwaitingReceipt(len(survivors)), [self._sign(reply)]
 
@@ -367,10 +452,72 @@ class Participant:
             )
         return ParticipantFinished(message), []
 
+    def _take_sparse_receipt(self, phase: AwaitingReceipt, message: SparseReceipt) -> _Step[ParticipantFinished]:
+        """Message 5 on the sparse graph, on which no site knows the number of survivors by itself."""
+        parameters = self._parameters
+        if message.survivors != message.canary or message.survivors < parameters.minimum_survivors:
+            raise InconsistentSurvivors(
+                self._who(
+                    f"a receipt for {message.survivors} survivors with canary {message.canary}, expected the same, "
+                    f"at least {parameters.minimum_survivors}"
+                )
+            )
+        if (message.neighbours, message.threshold) != (parameters.neighbours, parameters.threshold):
+            raise InconsistentSurvivors(
+                self._who(f"a receipt for a graph of {message.neighbours} neighbours, expected {parameters.neighbours}")
+            )
+        return ParticipantFinished(message), []
+
     def _take_failure(self, _phase: ParticipantPhase, message: RoundFailed) -> _Step[Aborted]:
         return Aborted(RoundAborted(self._who(f"the coordinator ended the round ({message.code[:64]!r})"))), []
 
     # --- helpers ---
+
+    def _holders_and_dealers(
+        self, advertisements: Mapping[SiteId, KeyAdvertisement]
+    ) -> tuple[frozenset[SiteId], frozenset[SiteId]]:
+        """Who gets shares of this site, and who may deal to it, among those who advertised."""
+        parameters = self._parameters
+        if parameters.neighbours is None:
+            return frozenset(advertisements), frozenset(advertisements) - {self._site}
+        drawn = {
+            sender: item.neighbours for sender, item in advertisements.items() if isinstance(item, SparseAdvertisement)
+        }
+        for sender, neighbours in drawn.items():
+            check_neighbours(
+                neighbours,
+                position=parameters.positions[sender],
+                cohort_size=len(parameters.cohort),
+                neighbours=parameters.neighbours,
+                who=self._who(f"advertisement of {sender}"),
+            )
+        own = parameters.positions[self._site]
+        holders = frozenset(site for site in drawn if parameters.positions[site] in drawn.get(self._site, ()))
+        dealers = frozenset(site for site, neighbours in drawn.items() if own in neighbours)
+        if strangers := advertisements.keys() - holders - dealers - {self._site}:
+            raise UnexpectedMessage(self._who(f"an advertisement of {min(strangers)}, who is no neighbour"))
+        # Stops a site from being made to work for a crowd of colluders.
+        most = MOST_DEALERS_PER_NEIGHBOUR * parameters.neighbours
+        if len(dealers) > most:
+            raise UnexpectedMessage(self._who(f"{len(dealers)} sites that drew this one, expected at most {most}"))
+        return holders, dealers
+
+    def _check_statement(self, statement: Inclusion | Acknowledgement, about: Positions) -> None:
+        """Raise unless ``statement`` belongs to this round, is its sender's, and is about this site among others."""
+        if statement.context != self._parameters.context:
+            raise AuthenticationFailed(self._who(f"a statement of {statement.sender} bound to another context"))
+        check_signature(statement, self._parameters.roster[statement.sender].signing_key)
+        if self._parameters.positions[self._site] not in about:
+            raise InconsistentSurvivors(self._who(f"the statement of {statement.sender} is not about this site"))
+
+    def _positions(self, sites: Iterable[SiteId]) -> Positions:
+        return tuple(self._parameters.positions[site] for site in sorted(sites))
+
+    def _sites(self, positions: Positions, *, among: frozenset[SiteId], what: str) -> set[SiteId]:
+        sites = {site for site in among if self._parameters.positions[site] in positions}
+        if self._positions(sites) != positions:
+            raise MalformedMessage(self._who(f"{what}: {len(positions)} positions, only {len(sites)} of holders"))
+        return sites
 
     def _advance(self, phase: ParticipantPhase, replies: list[ToCoordinator]) -> list[ToCoordinator]:
         if isinstance(phase, AwaitingInput) and self._input is not None:
@@ -412,23 +559,23 @@ def input_digest(digests: tuple[bytes, ...]) -> bytes:
 
 
 _Handler = Callable[[Participant, Any, Any], _Step[ParticipantPhase]]
+_Transitions = dict[tuple[type, type], _Handler]
 
-# private access: the table is the class's own, placed behind it so that it can name its methods
-_TRANSITIONS: Final[dict[tuple[type, type], _Handler]] = {
+# private access: the tables are the class's own, placed behind it so that they can name its methods
+COMPLETE: Final[_Transitions] = {
     (AwaitingCohortKeys, CohortKeys): Participant._share_secrets,
     (AwaitingShares, ShareDelivery): Participant._take_shares,
     (AwaitingSurvivors, SurvivorList): Participant._sign_survivors,
     (AwaitingUnmaskRequest, UnmaskRequest): Participant._reveal_shares,
     (AwaitingReceipt, RoundReceipt): Participant._take_receipt,
-    **{
-        (phase, RoundFailed): Participant._take_failure
-        for phase in (
-            AwaitingCohortKeys,
-            AwaitingShares,
-            AwaitingInput,
-            AwaitingSurvivors,
-            AwaitingUnmaskRequest,
-            AwaitingReceipt,
-        )
-    },
 }
+SPARSE: Final[_Transitions] = {
+    (AwaitingCohortKeys, SparseKeys): Participant._share_secrets,
+    (AwaitingShares, SparseDelivery): Participant._take_shares,
+    (AwaitingSurvivors, SparseSurvivors): Participant._acknowledge,
+    (AwaitingAcknowledgements, AcknowledgementList): Participant._reveal_acknowledged,
+    (AwaitingReceipt, SparseReceipt): Participant._take_sparse_receipt,
+}
+for _table in (COMPLETE, SPARSE):
+    _waiting = {phase for phase, _ in _table} | {AwaitingInput}
+    _table.update({(phase, RoundFailed): Participant._take_failure for phase in _waiting})

@@ -15,7 +15,9 @@ from secureagg.errors import SecureAggregationError
 from secureagg.identity import SiteId
 from secureagg.lanes import Words
 from secureagg.messages import (
+    Acknowledgement,
     EncryptedShares,
+    Inclusion,
     KeyAdvertisement,
     RoundReceipt,
     SurvivorList,
@@ -57,20 +59,25 @@ class HeldShares:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class AwaitingShares:
-    """Own shares are sent; ``*_secrets`` map each peer to what the key pairs agree on."""
+    """Own shares are sent.  ``*_secrets`` map each peer to what the key pairs agree on; ``holders``: who has shares of
+    this site, ``dealers``: who may have sealed shares for it; ``held``: its own, if it is a holder itself."""
 
     mask_secrets: Mapping[SiteId, bytes] = field(repr=False)
     channel_secrets: Mapping[SiteId, bytes] = field(repr=False)
     self_seed: bytes = field(repr=False)
-    own_shares: HeldShares
+    holders: frozenset[SiteId]
+    dealers: frozenset[SiteId]
+    held: Mapping[SiteId, HeldShares]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class AwaitingInput:
-    """All shares are in; the site is still training.  ``held``: the shares of every sharer, the own ones included."""
+    """All shares are in; the site is still training.  ``held``: the shares of every sharer that dealt to this site;
+    ``holders``: of this site's shares, those who shared too."""
 
     mask_secrets: Mapping[SiteId, bytes] = field(repr=False)
     self_seed: bytes = field(repr=False)
+    holders: frozenset[SiteId]
     held: Mapping[SiteId, HeldShares]
 
 
@@ -78,6 +85,7 @@ class AwaitingInput:
 class AwaitingSurvivors:
     """The masked input is sent."""
 
+    holders: frozenset[SiteId]
     held: Mapping[SiteId, HeldShares]
     input_digest: bytes
 
@@ -91,8 +99,18 @@ class AwaitingUnmaskRequest:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
+class AwaitingAcknowledgements:
+    """On the sparse graph: the survivors among those who dealt to this site are acknowledged."""
+
+    holders: frozenset[SiteId]
+    held: Mapping[SiteId, HeldShares]
+    survivors: frozenset[SiteId]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
 class AwaitingReceipt:
-    """The unmask request is answered; no secret is left."""
+    """Shares are revealed; no secret is left.  ``survivors``: how many of the sites, whose shares were held, sent an
+    input."""
 
     survivors: int
 
@@ -111,6 +129,7 @@ ParticipantPhase = (
     | AwaitingInput
     | AwaitingSurvivors
     | AwaitingUnmaskRequest
+    | AwaitingAcknowledgements
     | AwaitingReceipt
     | ParticipantFinished
     | Aborted
@@ -138,30 +157,33 @@ class SharingKeys:
 @dataclass(frozen=True, slots=True, eq=False)
 class Dealing:
     """What one sharer is held to: its advertised mask key, its commitments to its self seed and to each holder's
-    shares."""
+    shares; and ``held``, the sharers whose shares it holds itself."""
 
     mask_key: bytes
     seed_commitment: bytes
     share_commitments: Mapping[SiteId, bytes]
+    held: frozenset[SiteId]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class CollectingMaskedInputs:
-    """Collects masked inputs of the sharers: lane -> running sum; ``received``: digest of each input summed so far."""
+    """Collects masked inputs of the sharers: lane -> running sum; ``received``: digest of each input summed so far;
+    ``inclusions``: on the sparse graph, each one's statement to its holders."""
 
     dealings: Mapping[SiteId, Dealing]
     sums: Mapping[str, Words] = field(repr=False)
     received: dict[SiteId, bytes] = field(default_factory=dict)
+    inclusions: dict[SiteId, Inclusion] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class CheckingConsistency:
-    """Collects the survivors' signatures on their list."""
+    """Collects the survivors' signatures on their list, or on the sparse graph their acknowledgements."""
 
     dealings: Mapping[SiteId, Dealing]
     sums: Mapping[str, Words] = field(repr=False)
     survivors: SurvivorList
-    received: dict[SiteId, bytes] = field(default_factory=dict)
+    received: dict[SiteId, bytes | Acknowledgement] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True, eq=False)

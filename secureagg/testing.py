@@ -17,7 +17,7 @@ from secureagg.errors import ParameterError, RoundReplayed, ShapeMismatch
 from secureagg.identity import Card, Entropy, Identity, Roster, SiteId, site_id
 from secureagg.lanes import FixedPoint, Lane, integer
 from secureagg.messages import ToCoordinator
-from secureagg.parameters import RoundParameters
+from secureagg.parameters import Graph, RoundParameters
 from secureagg.participant import Participant
 from secureagg.phases import Aborted, CoordinatorFinished
 
@@ -89,6 +89,8 @@ def run_round(
     max_corrupt: int | None = None,
     threshold: int | None = None,
     minimum_survivors: int | None = None,
+    graph: Graph = "auto",
+    max_dropouts: int | None = None,
     dropouts: Mapping[str, str] | None = None,
     backend: str = "masked",
     entropy: Entropy = os.urandom,
@@ -96,8 +98,8 @@ def run_round(
     """Aggregate ``updates`` (site name -> 1-D float array, all of one length) in one round and return its outcome.
 
     ``weights``: site -> integer from 0 to ``max_weight`` (default: the largest given).  ``dropouts``: site -> the
-    coordinator phase in which it stops answering.  Thresholds default as in ``RoundParameters.create``.  The same
-    entropy bytes give the same round, byte for byte.
+    coordinator phase in which it stops answering.  Thresholds and graph default as in ``RoundParameters.create``.  The
+    same entropy bytes give the same round, byte for byte.
 
     Raises what a real round raises: ParameterError before it begins (ValueOutOfRange, ShapeMismatch for bad updates),
     and RoundAborted, among them ThresholdNotMet, when it ends without a release.
@@ -135,6 +137,8 @@ def run_round(
         threshold=threshold,
         max_corrupt=max_corrupt,
         minimum_survivors=minimum_survivors,
+        graph=graph,
+        max_dropouts=max_dropouts,
     )
     inputs = {
         site: encode_input(

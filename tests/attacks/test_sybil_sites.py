@@ -50,5 +50,5 @@ def test_a_cohort_shrunk_below_the_minimum() -> None:
     """
     stopped = StoppedRound()
     message = stopped.until(CohortKeys)[stopped.sites[0]]
-    with pytest.raises(ThresholdNotMet, match="2 advertisements, expected at least 3"):
+    with pytest.raises(ThresholdNotMet, match="2 holders who advertised, expected at least 3"):
         stopped.answers(stopped.sites[0], replace(message, advertisements=message.advertisements[:2]))

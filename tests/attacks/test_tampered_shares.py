@@ -92,7 +92,7 @@ def test_withheld_from_one_site() -> None:
     stopped, messages = delivered()
     message = messages[stopped.sites[0]]
     withheld = replace(message, ciphertexts=message.ciphertexts[:1], share_commitments=message.share_commitments[:1])
-    refuse(stopped, withheld, ThresholdNotMet, "2 sharers, expected")
+    refuse(stopped, withheld, ThresholdNotMet, "2 holders who shared, expected")
 
 
 def test_of_a_site_that_never_advertised() -> None:
@@ -103,7 +103,7 @@ def test_of_a_site_that_never_advertised() -> None:
     stopped, messages = delivered()
     message = messages[stopped.sites[0]]
     extra = {field: (*getattr(message, field), ("zzz", b"x")) for field in ("ciphertexts", "share_commitments")}
-    refuse(stopped, replace(message, **extra), UnexpectedMessage, "zzz, who advertised no keys")
+    refuse(stopped, replace(message, **extra), UnexpectedMessage, "shares of zzz, of whom this site is no holder")
 
 
 @pytest.mark.parametrize("change", ["missing", "swapped"])

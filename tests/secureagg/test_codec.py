@@ -26,7 +26,7 @@ FRAMES = [frames for sent in TRANSCRIPT.values() for frames in sent]
 def test_a_round_has_five_kinds_of_site_messages() -> None:
     """The transcript has one of each message of a site, in order."""
     kinds = [type(decode_from_site(frames)) for frames in TRANSCRIPT["a"]]
-    assert kinds == list(typing.get_args(messages.ToCoordinator))
+    assert kinds == list(typing.get_args(messages.ToCoordinator))[:5]
 
 
 @given(st.sampled_from(FRAMES), st.data())

@@ -5,6 +5,7 @@ PYTHONPATH=tests .venv/bin/python -m support.diagrams        writes them into th
 
 import re
 import typing
+from collections.abc import Iterable, Mapping
 from itertools import pairwise
 from pathlib import Path
 
@@ -22,20 +23,20 @@ def target(handler: object) -> str:
     return str(phase.__name__)
 
 
-def of_the_participant() -> str:
+def of_the_participant(table: Mapping[tuple[type, type], object]) -> str:
     """The site's phases: what it waits for, and what it gets there."""
     lines = [f"    [*] --> {Created.__name__}", f"    {Created.__name__} --> AwaitingCohortKeys: start"]
-    for (phase, message), handler in participant._TRANSITIONS.items():
+    for (phase, message), handler in table.items():
         if target(handler) != Aborted.__name__:
             lines.append(f"    {phase.__name__} --> {target(handler)}: {message.__name__}")
     lines.append(f"    {AwaitingInput.__name__} --> {target(Participant._send_masked_input)}: own input")
     return diagram(lines, "ParticipantFinished")
 
 
-def of_the_coordinator() -> str:
+def of_the_coordinator(table: Iterable[tuple[type, type]]) -> str:
     """The coordinator's phases: what it collects in each, until all have answered or time is up."""
     phases = [*typing.get_args(CollectingPhase), CoordinatorFinished]
-    collected = {phase: message.__name__ for phase, message in coordinator._COLLECTORS}
+    collected = {phase: message.__name__ for phase, message in table}
     lines = [f"    [*] --> {phases[0].__name__}"]
     for phase, following in pairwise(phases):
         lines.append(f"    {phase.__name__} --> {following.__name__}: each {collected[phase]}, or time is up")
@@ -48,10 +49,14 @@ def diagram(lines: list[str], last: str) -> str:
 
 
 def text() -> str:
-    """Both diagrams as they stand in the document."""
+    """The diagrams as they stand in the document."""
     return (
-        f"{BEGIN}\nA site; anything else that arrives leads to `Aborted`, and so does `RoundFailed`:\n\n"
-        f"{of_the_participant()}\nThe coordinator; too few answers lead to `Aborted`:\n\n{of_the_coordinator()}\n{END}"
+        f"{BEGIN}\nA site on the complete graph; anything else that arrives leads to `Aborted`, and so does "
+        f"`RoundFailed`:\n\n{of_the_participant(participant.COMPLETE)}\n"
+        f"A site on the sparse graph:\n\n{of_the_participant(participant.SPARSE)}\n"
+        "The coordinator on the complete graph; too few answers lead to `Aborted`:\n\n"
+        f"{of_the_coordinator(coordinator.COMPLETE)}\n"
+        f"The coordinator on the sparse graph:\n\n{of_the_coordinator(coordinator.SPARSE)}\n{END}"
     )
 
 
