@@ -403,6 +403,10 @@ class Coordinator:
                     own = tuple(acknowledged[holder] for holder in holders)
                     outbound += self._to([site], AcknowledgementList(context=context, acknowledgements=own))
         asked = frozenset(item.recipient for item in outbound)
+        for site, dealing in phase.dealings.items():
+            # Nothing is opened that could not be opened in full.
+            if len(asked & dealing.share_commitments.keys()) < self._parameters.threshold:
+                raise ThresholdNotMet(f"coordinator, CheckingConsistency: too few holders of {site} are left")
         return Unmasking(phase.dealings, phase.sums, phase.survivors, asked), outbound
 
     def _holders(self, advertisement: KeyAdvertisement) -> frozenset[SiteId]:

@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from fractions import Fraction
 from functools import cached_property
 from types import MappingProxyType
-from typing import Final, Literal, Self
+from typing import Final, Literal, Self, TypedDict, Unpack
 
 from secureagg import labels
 from secureagg.errors import ParameterError
@@ -67,6 +67,16 @@ def check_thresholds(*, cohort_size: int, threshold: int, max_corrupt: int, mini
         raise ParameterError(f"minimum_survivors: found {h}, expected at most the cohort size {n}")
 
 
+class ThresholdOptions(TypedDict, total=False):
+    """What ``choose_thresholds`` can be given."""
+
+    graph: Graph
+    threshold: int | None
+    max_corrupt: int | None
+    max_dropouts: int | None
+    minimum_survivors: int | None
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Thresholds:
     """The numbers that a round's security rests on.
@@ -81,15 +91,7 @@ class Thresholds:
     minimum_survivors: int
 
 
-def choose_thresholds(
-    cohort_size: int,
-    *,
-    graph: Graph = "auto",
-    threshold: int | None = None,
-    max_corrupt: int | None = None,
-    max_dropouts: int | None = None,
-    minimum_survivors: int | None = None,
-) -> Thresholds:
+def choose_thresholds(cohort_size: int, **options: Unpack[ThresholdOptions]) -> Thresholds:
     """Derive what is not given, and check the whole; ParameterError, with the inequality, for what is not safe.
 
     ``graph``: "auto" is the complete graph up to 100 sites and the sparse one beyond, if one is safe.
@@ -100,10 +102,14 @@ def choose_thresholds(
     number of honest sites that every sum covers.
     """
     n = integer(cohort_size, what="cohort")
-    given = {"threshold": threshold, "max_corrupt": max_corrupt, "max_dropouts": max_dropouts}
-    given["minimum_survivors"] = minimum_survivors
-    numbers = {name: None if value is None else integer(value, what=name) for name, value in given.items()}
-    t, c, d, h = numbers.values()
+    graph = options.get("graph", "auto")
+    given = {
+        "threshold": options.get("threshold"),
+        "max_corrupt": options.get("max_corrupt"),
+        "max_dropouts": options.get("max_dropouts"),
+        "minimum_survivors": options.get("minimum_survivors"),
+    }
+    t, c, d, h = (None if value is None else integer(value, what=name) for name, value in given.items())
     if d is not None and not 0 <= d < n:
         raise ParameterError(f"max_dropouts: found {d}, expected 0 to {n - 1}")
     if graph not in ("auto", "complete", "sparse"):
@@ -189,11 +195,7 @@ class RoundParameters:
         lanes: Iterable[Lane],
         model_digest: bytes,
         max_weight: int | None = None,
-        threshold: int | None = None,
-        max_corrupt: int | None = None,
-        minimum_survivors: int | None = None,
-        graph: Graph = "auto",
-        max_dropouts: int | None = None,
+        **thresholds: Unpack[ThresholdOptions],
     ) -> Self:
         """Derive what is not given, add the canary, weight and clip-count lanes, and check the whole.
 
@@ -207,14 +209,7 @@ class RoundParameters:
         # Stops Sybil sites: nobody outside the pinned roster can be counted towards a threshold.
         if strangers := [site for site in names if site not in roster]:
             raise ParameterError(f"cohort: {', '.join(strangers)} not in the roster of {len(roster)} sites")
-        chosen = choose_thresholds(
-            len(names),
-            graph=graph,
-            threshold=threshold,
-            max_corrupt=max_corrupt,
-            max_dropouts=max_dropouts,
-            minimum_survivors=minimum_survivors,
-        )
+        chosen = choose_thresholds(len(names), **thresholds)
         round_number = integer(round_number, what="round number")
         max_weight = None if max_weight is None else integer(max_weight, what="max_weight")
         if not 1 <= round_number < 1 << 63:

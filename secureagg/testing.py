@@ -5,7 +5,7 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from hashlib import sha256
-from typing import Any, Final
+from typing import Any, Final, Unpack
 
 import numpy as np
 import numpy.typing as npt
@@ -17,7 +17,7 @@ from secureagg.errors import ParameterError, RoundReplayed, ShapeMismatch
 from secureagg.identity import Card, Entropy, Identity, Roster, SiteId, site_id
 from secureagg.lanes import FixedPoint, Lane, integer
 from secureagg.messages import ToCoordinator
-from secureagg.parameters import Graph, RoundParameters
+from secureagg.parameters import RoundParameters, ThresholdOptions
 from secureagg.participant import Participant
 from secureagg.phases import Aborted, CoordinatorFinished
 
@@ -86,20 +86,16 @@ def run_round(
     value_bits: int = 16,
     weights: Mapping[str, int] | None = None,
     max_weight: int | None = None,
-    max_corrupt: int | None = None,
-    threshold: int | None = None,
-    minimum_survivors: int | None = None,
-    graph: Graph = "auto",
-    max_dropouts: int | None = None,
     dropouts: Mapping[str, str] | None = None,
     backend: str = "masked",
     entropy: Entropy = os.urandom,
+    **thresholds: Unpack[ThresholdOptions],
 ) -> RoundOutcome:
     """Aggregate ``updates`` (site name -> 1-D float array, all of one length) in one round and return its outcome.
 
     ``weights``: site -> integer from 0 to ``max_weight`` (default: the largest given).  ``dropouts``: site -> the
-    coordinator phase in which it stops answering.  Thresholds and graph default as in ``RoundParameters.create``.  The
-    same entropy bytes give the same round, byte for byte.
+    coordinator phase in which it stops answering.  ``thresholds`` and their defaults: see
+    ``secureagg.parameters.choose_thresholds``.  The same entropy bytes give the same round, byte for byte.
 
     Raises what a real round raises: ParameterError before it begins (ValueOutOfRange, ShapeMismatch for bad updates),
     and RoundAborted, among them ThresholdNotMet, when it ends without a release.
@@ -134,11 +130,7 @@ def run_round(
         lanes=[Lane(name=LANE, length=length, encoding=encoding, weighted=weights is not None)],
         model_digest=bytes(32),
         max_weight=max_weight if weights is not None else None,
-        threshold=threshold,
-        max_corrupt=max_corrupt,
-        minimum_survivors=minimum_survivors,
-        graph=graph,
-        max_dropouts=max_dropouts,
+        **thresholds,
     )
     inputs = {
         site: encode_input(

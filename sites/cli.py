@@ -110,6 +110,10 @@ def create(
     minimum_cohort: Annotated[int | None, typer.Option(help="Fewest sites in a round.")] = None,
     max_corrupt: Annotated[int | None, typer.Option(help="Most sites that may collude with the coordinator.")] = None,
     minimum_survivors: Annotated[int | None, typer.Option(help="Fewest sites in a released sum.")] = None,
+    graph: Annotated[str | None, typer.Option(help="auto (sparse above 100 sites), complete or sparse.")] = None,
+    dropout_percent: Annotated[
+        int | None, typer.Option(help="Share of a large cohort that a round on the sparse graph survives losing.")
+    ] = None,
 ) -> None:
     """Write an unsigned manifest.  Options that are not given take the heart recipe's value; see the file."""
     from sites import recipe  # noqa: PLC0415
@@ -141,6 +145,8 @@ def create(
             minimum_cohort=minimum_cohort,
             max_corrupt=max_corrupt,
             minimum_survivors=minimum_survivors,
+            graph=graph,
+            dropout_percent=dropout_percent,
         ),
     }
     created = recipe.new_manifest(

@@ -16,7 +16,7 @@ import tomli_w
 
 from secureagg import AuthenticationFailed, Card, Identity, ParameterError, Roster, SiteId
 from secureagg.identity import verify
-from secureagg.parameters import check_thresholds, default_threshold
+from secureagg.parameters import COMPLETE_UP_TO, Graph, ThresholdOptions, choose_thresholds
 from sites.errors import ManifestError
 from sites.files import write_atomic
 from sites.keys import card_fields
@@ -42,12 +42,32 @@ class Consortium(_Table, frozen=True):
 
 
 class Policy(_Table, frozen=True):
-    """Least number of sites in a round, most that may collude with the coordinator, least number in a released sum."""
+    """Least number of sites in a round, most that may collude with the coordinator, least number in a released sum.
+
+    ``graph``: see ``secureagg.parameters.choose_thresholds``; on the sparse graph of large cohorts a round survives
+    that ``dropout_percent`` of the cohort drop out.
+    """
 
     minimum_cohort: Annotated[int, msgspec.Meta(ge=3, le=1000)]
     max_corrupt: Annotated[int, msgspec.Meta(ge=0, le=1000)]
     minimum_survivors: Annotated[int, msgspec.Meta(ge=3, le=1000)]
+    graph: Graph
+    dropout_percent: Annotated[int, msgspec.Meta(ge=0, le=50)]
     threshold: Literal["two-thirds"] = "two-thirds"
+
+    def thresholds(self, cohort_size: int) -> ThresholdOptions:
+        """What ``RoundParameters.create`` is to be given for a cohort of this size: these numbers, and more survivors
+        where its graph enforces more.
+
+        Raises ParameterError for a policy that is not safe for it.
+        """
+        options = ThresholdOptions(graph=self.graph, max_corrupt=self.max_corrupt)
+        if self.graph == "sparse" or (self.graph == "auto" and cohort_size > COMPLETE_UP_TO):
+            options["max_dropouts"] = cohort_size * self.dropout_percent // 100
+        enforced = choose_thresholds(cohort_size, **options).minimum_survivors
+        options["minimum_survivors"] = max(self.minimum_survivors, enforced)
+        choose_thresholds(cohort_size, **options)
+        return options
 
 
 class Encoding(_Table, frozen=True):
@@ -250,12 +270,7 @@ class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
             self.coordinator.card.check()
             roster = self.roster
             for size in (self.policy.minimum_cohort, len(self.sites)):
-                check_thresholds(
-                    cohort_size=size,
-                    threshold=default_threshold(size),
-                    max_corrupt=self.policy.max_corrupt,
-                    minimum_survivors=max(self.policy.minimum_survivors, default_threshold(size)),
-                )
+                self.policy.thresholds(size)
         except (ParameterError, AuthenticationFailed) as error:
             raise ManifestError(f"{where}: {error}") from error
         own = {self.coordinator.signing_key, self.coordinator.transport_key}

@@ -4,7 +4,6 @@ from collections.abc import Iterable
 from typing import Final
 
 from secureagg import Counts, FixedPoint, Lane, ParameterError, RoundParameters, SiteId
-from secureagg.parameters import default_threshold
 from sites.control import Purpose
 from sites.manifest import Manifest
 from sites.model_state import ModelSpec
@@ -61,8 +60,5 @@ def round_parameters(
         lanes=lanes,
         model_digest=model_digest,
         max_weight=manifest.encoding.max_examples if purpose == "train" else None,
-        max_corrupt=manifest.policy.max_corrupt,
-        minimum_survivors=max(
-            manifest.policy.minimum_survivors, default_threshold(len(members)), manifest.policy.max_corrupt + 2
-        ),
+        **manifest.policy.thresholds(len(members)),
     )

@@ -1,12 +1,21 @@
 """What a round is: thresholds, lanes, context."""
 
+import dataclasses
+from typing import Any
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from support.rounds import UPDATE, StoppedRound
 
 from secureagg import Card, Counts, FixedPoint, Identity, Lane, ParameterError, Roster, RoundParameters, SiteId
-from secureagg.parameters import check_thresholds, default_threshold, largest_max_corrupt
+from secureagg.parameters import (
+    Thresholds,
+    check_thresholds,
+    choose_thresholds,
+    default_threshold,
+    largest_max_corrupt,
+)
 from secureagg.testing import CountingEntropy
 
 
@@ -113,3 +122,59 @@ def test_impossible_rounds_are_refused(change: dict[str, object], text: str) -> 
     """Each impossible round is refused before anything is sent, with what was found."""
     with pytest.raises(ParameterError, match=text):
         RoundParameters.create(**{**StoppedRound(4).options, **change})
+
+
+@pytest.mark.parametrize(
+    ("cohort_size", "options", "expected"),
+    [
+        (100, {}, Thresholds(neighbours=None, threshold=67, max_corrupt=33, minimum_survivors=67)),
+        (101, {}, Thresholds(neighbours=32, threshold=22, max_corrupt=10, minimum_survivors=52)),
+        (101, {"graph": "complete"}, Thresholds(neighbours=None, threshold=68, max_corrupt=34, minimum_survivors=68)),
+        # A third of the sites may collude and drop out: no sparse graph of so few is safe.
+        (
+            101,
+            {"max_corrupt": 33, "max_dropouts": 33},
+            Thresholds(neighbours=None, threshold=68, max_corrupt=33, minimum_survivors=68),
+        ),
+        (
+            12,
+            {"graph": "sparse", "max_corrupt": 0, "max_dropouts": 1, "minimum_survivors": 3},
+            Thresholds(neighbours=8, threshold=6, max_corrupt=0, minimum_survivors=3),
+        ),
+    ],
+)
+def test_which_graph(cohort_size: int, options: dict[str, Any], expected: Thresholds) -> None:
+    """The graph is the complete one up to 100 sites, the sparse one beyond where one is safe, or what was asked for."""
+    assert choose_thresholds(cohort_size, **options) == expected
+
+
+@pytest.mark.parametrize(
+    ("cohort_size", "options", "text"),
+    [
+        (200, {"threshold": 134}, "threshold: found 134 on the sparse graph"),
+        (200, {"graph": "dense"}, "graph: found 'dense'"),
+        (20, {"graph": "sparse", "max_corrupt": 8, "max_dropouts": 8}, "no sparse one is safe for 20 sites of which 8"),
+        (200, {"max_corrupt": -1}, "max_corrupt: found -1, expected 0 to 199"),
+        (200, {"max_corrupt": 200}, "max_corrupt: found 200, expected 0 to 199"),
+        (200, {"max_dropouts": 200}, "max_dropouts: found 200, expected 0 to 199"),
+        (200, {"max_dropouts": -1}, "max_dropouts: found -1"),
+        (200, {"minimum_survivors": 112}, r"minimum_survivors: found 112, expected max_corrupt \+ 2 = 22 to 111"),
+        (200, {"minimum_survivors": 21}, r"minimum_survivors: found 21, expected max_corrupt \+ 2 = 22"),
+        (2, {"graph": "sparse"}, "cohort: found 2 sites, expected 3 to 10000"),
+        (10_001, {}, "cohort: found 10001 sites, expected 3 to 10000"),
+        (1001, {"graph": "complete"}, "cohort: found 1001 sites, expected 3 to 1000"),
+        (10, {"max_dropouts": 4}, r"max_dropouts: found 4, expected at most n - minimum_survivors = 10 - 7 = 3"),
+    ],
+)
+def test_impossible_graphs_are_refused(cohort_size: int, options: dict[str, Any], text: str) -> None:
+    """What is unsafe, or could not finish, is refused with the numbers."""
+    with pytest.raises(ParameterError, match=text):
+        choose_thresholds(cohort_size, **options)
+
+
+def test_the_graph_is_bound_to_the_context() -> None:
+    """Two rounds that differ in the number of neighbours only have nothing in common."""
+    one = StoppedRound(12, graph="sparse", max_corrupt=0, max_dropouts=1).parameters
+    other = dataclasses.replace(one, neighbours=10)
+    assert one.context != other.context
+    assert one.digest != dataclasses.replace(one, neighbours=None).digest

@@ -145,3 +145,36 @@ def test_journal_in_memory() -> None:
     journal.answer("run", 2)
     with pytest.raises(RoundReplayed):
         journal.answer("run", 2)
+
+
+@pytest.mark.parametrize("phase", PHASES)
+def test_sparse_round_with_dropouts_in_each_phase(phase: str) -> None:
+    """On the sparse graph, too, a tenth of the sites may stop in any phase, and the sum is exact."""
+    updates = {f"site-{index:02d}": np.full(3, index / 100) for index in range(30)}
+    gone = dict.fromkeys(list(updates)[::10], phase)
+    outcome = run_round(updates, value_range=1.0, graph="sparse", dropouts=gone)
+    sent = phase in ("CheckingConsistency", "Unmasking")
+    assert set(outcome.survivors) == updates.keys() - (set() if sent else gone.keys())
+    np.testing.assert_array_equal(outcome.total, sum(outcome.encoded.values()))
+
+
+@pytest.mark.parametrize("phase", PHASES)
+def test_too_many_dropouts_on_the_sparse_graph(phase: str) -> None:
+    """Where too few holders are left for somebody, nothing is released."""
+    updates = {f"site-{index:02d}": np.zeros(3) for index in range(12)}
+    gone = dict.fromkeys(list(updates)[:6], phase)
+    with pytest.raises(ThresholdNotMet, match=f"coordinator, {phase}"):
+        run_round(updates, value_range=1.0, graph="sparse", max_corrupt=0, max_dropouts=1, dropouts=gone)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1200)
+@pytest.mark.parametrize("phase", PHASES)
+def test_a_thousand_sites(phase: str) -> None:
+    """Of a thousand sites a tenth stops in one phase: the sum is exact, and a site sends what its neighbours need."""
+    updates = {f"site-{index:03d}": np.full(4, index / 1000) for index in range(1000)}
+    gone = dict.fromkeys(list(updates)[::10], phase)
+    outcome = run_round(updates, value_range=1.0, dropouts=gone)
+    assert len(outcome.survivors) == (1000 if phase in ("CheckingConsistency", "Unmasking") else 900)
+    np.testing.assert_array_equal(outcome.total, sum(outcome.encoded.values()))
+    assert max(outcome.bytes_sent.values()) < 40_000

@@ -86,7 +86,13 @@ def written(path, fields):
     return path
 
 
-CHOICES = {"mode": "none", "out_of_range": "error", "server_optimizer": "adam", "address": "tcp://127.0.0.1:10"}
+CHOICES = {
+    "mode": "none",
+    "out_of_range": "error",
+    "server_optimizer": "adam",
+    "address": "tcp://127.0.0.1:10",
+    "graph": "complete",
+}
 FIXED = {"version": 2, "threshold": "half", "unit": "visit"}  # fields that allow one value only
 
 
@@ -385,7 +391,7 @@ def test_a_tensor_listed_twice():
     [
         ({"minimum_cohort": 5}, "minimum_cohort is 5, expected at most the 4 sites"),
         ({"max_corrupt": 3}, "threshold: found 2t = 2 x 3 = 6, expected above"),
-        ({"max_corrupt": 2}, "minimum_survivors: found 3, expected at least"),
+        ({"max_corrupt": 2}, "minimum_survivors: found 4, expected at most the cohort size 3"),
         ({"minimum_survivors": 4}, "minimum_survivors: found 4, expected at most the cohort size 3"),
     ],
     ids=str,

@@ -7,6 +7,7 @@ from support.consortium import make_consortium
 
 from secureagg import Counts, FixedPoint, ParameterError
 from secureagg.lanes import CLIPPED, WEIGHT
+from secureagg.parameters import choose_thresholds
 from sites import recipe
 from sites.rounds import CORRECT, HISTOGRAM, TOTAL, UPDATE, model_spec, round_parameters
 
@@ -113,6 +114,18 @@ def test_survivors_of_a_large_cohort(tmp_path):
     names = tuple("abcdefghi")
     one = parameters(make_consortium(tmp_path, names=names).manifest, cohort=names)
     assert (one.threshold, one.minimum_survivors) == (7, 7)
+
+
+def test_large_cohorts_use_the_sparse_graph():
+    """Above 100 sites the manifest's share of dropouts fixes the neighbours, and its minimum can only raise theirs."""
+    policy = msgspec.structs.replace(recipe.POLICY, max_corrupt=10)
+    assert policy.thresholds(100) == {"graph": "auto", "max_corrupt": 10, "minimum_survivors": 67}
+    large = {"graph": "auto", "max_corrupt": 10, "max_dropouts": 20, "minimum_survivors": 107}
+    assert policy.thresholds(200) == large
+    assert choose_thresholds(200, **large).neighbours == 42
+    strict = msgspec.structs.replace(policy, minimum_survivors=108)
+    with pytest.raises(ParameterError, match="minimum_survivors: found 108, expected max_corrupt"):
+        strict.thresholds(200)
 
 
 def test_both_sides_arrive_at_the_same(tmp_path):
