@@ -21,6 +21,7 @@ from secureagg.messages import (
     SurvivorList,
     UnmaskShares,
 )
+from secureagg.upload import Upload
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -147,11 +148,13 @@ class Dealing:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class CollectingMaskedInputs:
-    """Collects masked inputs of the sharers: lane -> running sum; ``received``: digest of each input summed so far."""
+    """Collects masked inputs of the sharers: lane -> running sum; ``received``: digest of each input summed so far;
+    ``uploads``: those that are not whole yet, and not in the sum."""
 
     dealings: Mapping[SiteId, Dealing]
     sums: Mapping[str, Words] = field(repr=False)
     received: dict[SiteId, bytes] = field(default_factory=dict)
+    uploads: dict[SiteId, Upload] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -22,6 +22,7 @@ PACKAGE = "secureagg"
 TESTS = ["tests/attacks", "tests/secureagg"]
 CHECKS = {
     *("verify", "check_signature", "check_share", "check_share_commitments", "check_thresholds", "check"),
+    "check_filling",
     *("_need", "begin", "answer", "agree"),
 }
 
