@@ -73,7 +73,7 @@ class LongRound:
         self.encoded = encode_input(self.parameters, {"update": np.linspace(-1, 1, length)})
 
 
-@pytest.mark.parametrize(("length", "threads"), [(1 << 22, 0), (1 << 22, 2), (1 << 24, 6)])
+@pytest.mark.parametrize(("length", "threads"), [(1 << 22, 0), (1 << 23, 2), (1 << 24, 6)])
 def test_a_masked_input_and_its_upload(length: int, threads: int) -> None:
     """Beyond its encoded input a site needs at most 1.5 times its packed vector; the coordinator one running sum, and
     beyond it a block for each upload and each thread, however long the vector is."""
