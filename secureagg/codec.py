@@ -31,9 +31,12 @@ def encode(message: AnyMessage) -> list[bytes]:
     return [_encoder.encode(message)]
 
 
-def decode_from_site(frames: Sequence[bytes]) -> ToCoordinator:
-    """The message that a site sent; MalformedMessage for anything but the one encoding of a site's message."""
-    return _decode(_from_site, frames)
+def decode_from_site(frames: Sequence[bytes], *, streamed: bool = False) -> ToCoordinator:
+    """The message that a site sent; MalformedMessage for anything but the one encoding of a site's message.
+
+    ``streamed``: the chunks of a masked input come behind it one by one, and not among ``frames``.
+    """
+    return _decode(_from_site, frames, streamed=streamed)
 
 
 def decode_from_coordinator(frames: Sequence[bytes]) -> ToSite:
@@ -41,7 +44,7 @@ def decode_from_coordinator(frames: Sequence[bytes]) -> ToSite:
     return _decode(_from_coordinator, frames)
 
 
-def _decode(decoder: "msgspec.msgpack.Decoder[_Union]", frames: Sequence[bytes]) -> _Union:
+def _decode(decoder: "msgspec.msgpack.Decoder[_Union]", frames: Sequence[bytes], *, streamed: bool = False) -> _Union:
     if not frames:
         raise MalformedMessage("message: no frames")
     header = frames[0]
@@ -57,7 +60,7 @@ def _decode(decoder: "msgspec.msgpack.Decoder[_Union]", frames: Sequence[bytes])
     # Stops two encodings of one message: over-long integers, missing defaults, a header that carries chunks.
     if encode(message)[0] != header:
         raise MalformedMessage("message: not in its canonical encoding")
-    if isinstance(message, MaskedInput):
+    if isinstance(message, MaskedInput) and not streamed:
         if len(frames) - 1 != len(message.chunk_digests):
             raise MalformedMessage(f"masked input: {len(frames) - 1} chunks, expected {len(message.chunk_digests)}")
         return msgspec.structs.replace(message, chunks=tuple(frames[1:]))

@@ -17,6 +17,7 @@ from collections.abc import Set as AbstractSet
 from copy import copy
 from dataclasses import dataclass
 from functools import cache
+from tempfile import TemporaryFile
 from typing import Any, Final
 
 import msgspec
@@ -67,9 +68,8 @@ from secureagg.messages import (
     UnmaskShares,
     named,
 )
-from secureagg.packing import add_packed, check_packed
 from secureagg.parameters import DIGEST_BYTES, RoundParameters
-from secureagg.participant import chunk_digests, input_digest
+from secureagg.participant import input_digest
 from secureagg.phases import (
     Aborted,
     AdvertisingKeys,
@@ -84,6 +84,7 @@ from secureagg.phases import (
     Unmasking,
 )
 from secureagg.shamir import check_share, lagrange_coefficients, reconstruct
+from secureagg.upload import Spool, Upload
 
 __all__ = ["MESSAGE_OF_PHASE", "Aggregate", "Coordinator", "Outbound"]
 
@@ -99,16 +100,23 @@ class Outbound:
 class Coordinator:
     """One round, summed: collects masked inputs and releases their exact sum or nothing.
 
-    ``spread`` puts the unmasking on several cores, see ``keystream``.
+    ``spread`` puts the adding and unmasking on several cores, see ``keystream``; ``spool`` opens the file that holds a
+    masked input until it is whole.
     """
 
-    def __init__(self, *, parameters: RoundParameters, spread: Spread = map) -> None:
+    def __init__(self, *, parameters: RoundParameters, spread: Spread = map, spool: Spool = TemporaryFile) -> None:
         self._parameters = parameters
         self._spread = spread
+        self._spool = spool
         self._collectors = COMPLETE if parameters.neighbours is None else SPARSE
         self._phase: CoordinatorPhase = AdvertisingKeys()
         self._gone: set[SiteId] = set()
         self._coefficients = cache(lagrange_coefficients)  # on the complete graph all secrets share one set
+
+    @property
+    def context(self) -> bytes:
+        """The round's context, 32 bytes."""
+        return self._parameters.context
 
     @property
     def phase(self) -> CoordinatorPhase:
@@ -136,7 +144,9 @@ class Coordinator:
     def receive(self, message: ToCoordinator, *, sender: SiteId) -> list[Outbound]:
         """Take one message of ``sender``, the peer that the transport authenticated; returns what to send.
 
-        Raises RemoteProtocolError, naming the sender, for a message that is refused; the state is unchanged then.
+        A masked input may come with all its chunks or with none, which then follow through ``receive_chunk``.
+        Raises RemoteProtocolError, naming the sender, for a message that is refused; the state is unchanged then, but
+        that a refused chunk ends its upload.
         """
         phase = self._phase
         who = f"participant {sender}, {type(phase).__name__}"
@@ -155,9 +165,25 @@ class Coordinator:
         handler(self, phase, message, who)
         return [] if self.expected else self._end_phase(phase)
 
+    def receive_chunk(self, chunk: bytes, *, sender: SiteId) -> list[Outbound]:
+        """Take the next chunk of the masked input that ``sender`` is sending; returns what to send.
+
+        Raises RemoteProtocolError, naming the sender, for a chunk that is refused; its upload is discarded then and
+        nothing of it is in the sum.  OSError if the spool file fails: on the way in this upload is discarded, on the
+        way out the round is over.
+        """
+        phase = self._phase
+        who = f"participant {sender}, {type(phase).__name__}"
+        if not isinstance(phase, CollectingMaskedInputs) or sender not in phase.uploads:
+            raise UnexpectedMessage(f"{who}: a chunk without a masked input that it belongs to")
+        self._take_chunk(phase, sender, chunk, who)
+        return [] if self.expected else self._end_phase(phase)
+
     def drop(self, site: SiteId) -> list[Outbound]:
         """Stop waiting for ``site``: it left or its connection is gone; returns what to send if that ends the phase."""
         self._gone.add(site)
+        if isinstance(self._phase, CollectingMaskedInputs):
+            self._discard(self._phase, site)
         if isinstance(self._phase, CoordinatorFinished | Aborted) or self.expected:
             return []
         return self._end_phase(self._phase)
@@ -207,29 +233,45 @@ class Coordinator:
         phase.received[message.sender] = message
 
     def _collect_input(self, phase: CollectingMaskedInputs, message: MaskedInput, who: str) -> None:
-        # Everything is checked before the first lane is added: a refused input leaves no trace in the sum.
-        whole, rest = divmod(self._parameters.packed_bytes, MaskedInput.CHUNK_BYTES)
-        sizes = [MaskedInput.CHUNK_BYTES] * whole + [rest] * (rest > 0)
-        # Stops an oversized input, and a second way to cut the same one.
-        if [len(chunk) for chunk in message.chunks] != sizes:
-            raise MalformedMessage(
-                f"{who}: {sum(map(len, message.chunks))} bytes of lanes in {len(message.chunks)} chunks, expected "
-                f"{self._parameters.packed_bytes} in chunks of {MaskedInput.CHUNK_BYTES}"
-            )
-        if chunk_digests(message.chunks, spread=self._spread) != message.chunk_digests:
-            raise AuthenticationFailed(f"{who}: a chunk is not the one that was signed")
+        if message.chunks and len(message.chunks) != len(message.chunk_digests):
+            raise MalformedMessage(f"{who}: {len(message.chunks)} chunks, expected {len(message.chunk_digests)}")
+        running = phase.uploads.get(message.sender)
+        if running is not None and running.digests != message.chunk_digests:
+            raise DuplicateMessage(f"{who}: another MaskedInput than the one that is being received")
         if isinstance(message, SparseInput):
             self._check_inclusion(phase, message, who)
-        packed = memoryview(b"".join(message.chunks))
-        lanes: dict[str, memoryview] = {}
-        for name, ring_lane in self._parameters.lanes.items():
-            lanes[name], packed = packed[: ring_lane.packed_bytes], packed[ring_lane.packed_bytes :]
-            check_packed(ring_lane, lanes[name], who=who)
-        for name, ring_lane in self._parameters.lanes.items():
-            add_packed(phase.sums[name], ring_lane, lanes[name], spread=self._spread)
-        if isinstance(message, SparseInput):
             phase.inclusions[message.sender] = message.inclusion
-        phase.received[message.sender] = input_digest(message.chunk_digests)
+        # The same one once more: a site that reconnected begins again.
+        upload = Upload(message.chunk_digests, parameters=self._parameters, spool=self._spool, who=who)
+        self._discard(phase, message.sender)
+        phase.uploads[message.sender] = upload
+        for chunk in message.chunks:
+            self._take_chunk(phase, message.sender, chunk, who)
+
+    def _take_chunk(self, phase: CollectingMaskedInputs, sender: SiteId, chunk: bytes, who: str) -> None:
+        upload = phase.uploads[sender]
+        try:
+            upload.take(chunk, who=who)
+        except BaseException:
+            self._discard(phase, sender)
+            raise
+        # Everything is checked before the first lane is added: a refused or broken upload leaves no trace in the sum.
+        if upload.whole:
+            try:
+                upload.add_to(phase.sums, spread=self._spread)
+            except BaseException:
+                # Stops a sum that may have a part of this input in it.
+                self._discard(phase, *phase.uploads)
+                self._phase = Aborted(RoundAborted(f"{who}: the input cannot be read back from its spool file"))
+                raise
+            self._discard(phase, sender)
+            phase.received[sender] = input_digest(upload.digests)
+
+    @staticmethod
+    def _discard(phase: CollectingMaskedInputs, *sites: SiteId) -> None:
+        for site in sites:
+            if (upload := phase.uploads.pop(site, None)) is not None:
+                upload.close()
 
     def _check_inclusion(self, phase: CollectingMaskedInputs, message: SparseInput, who: str) -> None:
         stated = message.inclusion
@@ -280,6 +322,8 @@ class Coordinator:
     # --- ending a phase: go on with those who answered ---
 
     def _end_phase(self, phase: CollectingPhase) -> list[Outbound]:
+        if isinstance(phase, CollectingMaskedInputs):
+            self._discard(phase, *phase.uploads)
         try:
             self._phase, outbound = self._next(phase)
         except SecureAggregationError as error:
@@ -381,7 +425,7 @@ class Coordinator:
         following = CheckingConsistency(phase.dealings, phase.sums, survivors)
         if self._parameters.neighbours is None:
             return following, self._to(sorted(phase.received), survivors)
-        stated = phase.inclusions
+        stated = {site: phase.inclusions[site] for site in phase.received}
         outbound = []
         for site in sorted(stated):
             inclusions = tuple(stated[dealer] for dealer in sorted(phase.dealings[site].held & stated.keys()))

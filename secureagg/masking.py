@@ -63,13 +63,15 @@ def masked_and_packed(
 ) -> Iterator[bytes]:
     """``words`` under ``masks``, packed, piece by piece; ``words`` stay as they are and no second vector is made."""
     keys = list(masks)
+    block = block_words(words.dtype)
 
     def piece(part: slice) -> bytes:
         own = words[part].copy()
         _mask(own, keys, start=part.start)
         return pack(ring_lane, ring_lane.reduce(own))
 
-    yield from spread(piece, _parts(words))
+    # One block for each thread at a time, however many threads there are.
+    yield from spread(piece, [slice(start, min(start + block, len(words))) for start in range(0, len(words), block)])
 
 
 def _parts(words: Words) -> list[slice]:

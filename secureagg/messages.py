@@ -61,7 +61,8 @@ class ShareDelivery(Message, frozen=True, tag="share-delivery", array_like=True,
 class MaskedInput(SiteMessage, frozen=True, tag="masked-input", array_like=True, kw_only=True):
     """Message 2: the packed lanes under the sender's masks, cut into chunks; the signature covers the chunks' digests.
 
-    The chunks travel as raw frames behind the message; they are empty in its encoding.
+    The chunks travel as raw frames behind the message; they are empty in its encoding.  Without any, the message begins
+    an upload, whose chunks follow one by one.
     """
 
     CHUNK_BYTES: ClassVar[int] = 1 << 20

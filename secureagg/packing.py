@@ -4,7 +4,7 @@ The last byte is filled up with zero bits.  After at most 8 values the stream is
 at the same place of such a group are handled at once, each through a window of whole bytes around its bits.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from math import gcd
 from typing import Final
 
@@ -21,6 +21,8 @@ _BLOCK_VALUES: Final = 128 * 1024
 _WINDOW_BYTES: Final = 8  # of the widest window, which may reach beyond the last value
 
 _Bytes = npt.NDArray[np.uint8]
+
+Read = Callable[[int, int], bytes | memoryview]  # (offset, size) -> that many of the packed bytes, from there on
 
 
 def pack(ring_lane: RingLane, words: Words) -> bytes:
@@ -49,23 +51,30 @@ def check_packed(ring_lane: RingLane, packed: bytes | memoryview, *, who: str) -
         raise MalformedMessage(
             f"{who}, lane {ring_lane.lane.name}: {len(packed)} packed bytes, expected {ring_lane.packed_bytes}"
         )
-    # One vector has one encoding: the filling bits are zero.
-    if (spare := -ring_lane.lane.length * ring_lane.ring_bits % 8) and packed[-1] >> (8 - spare):
+    check_filling(ring_lane, packed[-1], who=who)
+
+
+def check_filling(ring_lane: RingLane, last: int, *, who: str) -> None:
+    """Raise MalformedMessage naming ``who`` unless the bits behind the last value, in the ``last`` byte, are zero."""
+    # One vector has one encoding.
+    if (spare := -ring_lane.lane.length * ring_lane.ring_bits % 8) and last >> (8 - spare):
         raise MalformedMessage(f"{who}, lane {ring_lane.lane.name}: the last {spare} bits are not zero")
 
 
-def add_packed(total: Words, ring_lane: RingLane, packed: bytes | memoryview, *, spread: Spread = map) -> None:
-    """Add the ring elements of ``packed``, which must have been checked, to ``total`` in place, block by block."""
+def add_packed(total: Words, ring_lane: RingLane, read: Read, *, spread: Spread = map) -> None:
+    """Add the ring elements of packed bytes, which must have been checked, to ``total`` in place, block by block.
+
+    ``read`` gives the bytes of one block at a time, and is called by the threads of ``spread``.
+    """
     bits = ring_lane.ring_bits
-    if bits == 8 * total.dtype.itemsize:
-        total += np.frombuffer(packed, total.dtype)
-        return
-    raw = np.frombuffer(packed, np.uint8)
 
     def add_part(part: slice) -> None:
         for start in range(part.start, part.stop, _BLOCK_VALUES):
             block = total[start : min(start + _BLOCK_VALUES, part.stop)]
-            source = raw[start * bits // 8 : (start + _BLOCK_VALUES) * bits // 8 + 1]
+            source = np.frombuffer(read(start * bits // 8, -(-len(block) * bits // 8)), np.uint8)
+            if bits == 8 * total.dtype.itemsize:
+                block += source.view(total.dtype)
+                continue
             stream = np.zeros(len(source) + _WINDOW_BYTES, np.uint8)
             stream[: len(source)] = source
             for values, window, shift, spill in _windows(block, stream, bits):

@@ -23,6 +23,7 @@ from secureagg.messages import (
     SurvivorList,
     UnmaskShares,
 )
+from secureagg.upload import Upload
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -168,11 +169,13 @@ class Dealing:
 @dataclass(frozen=True, slots=True, eq=False)
 class CollectingMaskedInputs:
     """Collects masked inputs of the sharers: lane -> running sum; ``received``: digest of each input summed so far;
-    ``inclusions``: on the sparse graph, each one's statement to its holders."""
+    ``uploads``: those that are not whole yet, and not in the sum; ``inclusions``: on the sparse graph, each one's
+    statement to its holders."""
 
     dealings: Mapping[SiteId, Dealing]
     sums: Mapping[str, Words] = field(repr=False)
     received: dict[SiteId, bytes] = field(default_factory=dict)
+    uploads: dict[SiteId, Upload] = field(default_factory=dict)
     inclusions: dict[SiteId, Inclusion] = field(default_factory=dict)
 
 

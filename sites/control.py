@@ -1,8 +1,9 @@
 """What the two loops say to each other around a round, and how it shares a connection with the round's own messages.
 
 The first frame of every delivery is a one-byte tag: a control message (MessagePack, then at most one raw frame, the
-global model) or a message of the secure aggregation protocol.  Nothing here is trusted for security: a site checks
-every number against its own manifest, and the round's context binds what it uses.
+global model), a message of the secure aggregation protocol, or one chunk of a masked input, which so never travels as
+one long message.  Nothing here is trusted for security: a site checks every number against its own manifest, and the
+round's context binds what it uses.
 """
 
 from collections.abc import Sequence
@@ -14,6 +15,7 @@ from secureagg import MalformedMessage
 
 CONTROL: Final = b"C"
 ROUND: Final = b"R"
+CHUNK: Final = b"K"
 HEADER_BYTES: Final = 1 << 20
 MANIFEST_DIFFERS: Final = "manifest-differs"
 
@@ -84,6 +86,18 @@ def decode_from_site(frames: Sequence[bytes]) -> FromSite:
 def decode_from_coordinator(frames: Sequence[bytes]) -> FromCoordinator:
     """The coordinator's control message from the frames behind the tag; MalformedMessage for anything else."""
     return _decode(_from_coordinator, frames, "a coordinator")
+
+
+def encode_chunk(context: bytes, chunk: bytes) -> list[bytes]:
+    """The frames of one chunk of the masked input that was sent last, its tag first; ``context``: of its round."""
+    return [CHUNK, context, chunk]
+
+
+def decode_chunk(frames: Sequence[bytes]) -> tuple[bytes, bytes]:
+    """Context and chunk from the frames behind the tag; MalformedMessage for another number of frames."""
+    if len(frames) != 2:
+        raise MalformedMessage(f"chunk: {len(frames)} frames, expected a context and a chunk")
+    return frames[0], frames[1]
 
 
 def _decode(decoder: "msgspec.msgpack.Decoder[_Message]", frames: Sequence[bytes], sender: str) -> _Message:

@@ -12,7 +12,8 @@ from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Final
+from tempfile import TemporaryFile
+from typing import IO, Final
 
 import msgspec
 
@@ -27,7 +28,6 @@ from secureagg import (
 )
 from secureagg import codec as round_codec
 from secureagg.lanes import WEIGHT
-from secureagg.messages import MaskedInput
 from secureagg.phases import Aborted, CollectingMaskedInputs, CoordinatorFinished
 from sites import control
 from sites.control import FederationOver, Purpose, Refused, StartRound, Withdraw
@@ -50,8 +50,8 @@ class RoundRecord:
 
     ``dropped``: site -> phase in which it was given up; ``refused``: site -> error codes of what it sent and was
     refused for, or is to blame for; ``seconds``: phase -> wall time; ``masked_sample``: site -> first bytes of its
-    masked input, in hexadecimal; ``examples``: the survivors' summed weight; ``metrics``: of the model that the round
-    started from; ``error``: code of the error that ended it, or empty.
+    masked input, whole or not, in hexadecimal; ``examples``: the survivors' summed weight; ``metrics``: of the model
+    that the round started from; ``error``: code of the error that ended it, or empty.
     """
 
     run: str
@@ -201,7 +201,7 @@ class CoordinatorLoop:
             cohort=record.cohort,
             model_digest=model_digest(self._model),
         )
-        machine = Coordinator(parameters=parameters, spread=self._pool.map)
+        machine = Coordinator(parameters=parameters, spread=self._pool.map, spool=self._spool)
         start = control.encode(
             StartRound(run=self._run, round_number=number, purpose=purpose, cohort=record.cohort, payload=self._model)
         )
@@ -254,15 +254,18 @@ class CoordinatorLoop:
 
     def _take(self, machine: Coordinator, record: RoundRecord, delivery: Delivery) -> None:
         site = SiteId(str(delivery.peer))
-        if delivery.frames[0] != control.ROUND:
+        tag, *frames = delivery.frames
+        if tag not in (control.ROUND, control.CHUNK):
             withdrawal = self._take_control(delivery)
             if withdrawal is not None and (withdrawal.run, withdrawal.round_number) == (record.run, record.number):
                 self._give_up(machine, record, [site])
             return
         record.bytes_received[site] = record.bytes_received.get(site, 0) + sum(map(len, delivery.frames))
         try:
-            message = round_codec.decode_from_site(delivery.frames[1:])
-            outbound = machine.receive(message, sender=site)
+            if tag == control.CHUNK:
+                outbound = self._take_chunk(machine, record, site, *control.decode_chunk(frames))
+            else:
+                outbound = machine.receive(round_codec.decode_from_site(frames, streamed=True), sender=site)
         except RemoteProtocolError as error:
             # One bad message does not end the round for the others.
             self._notify(f"refused: {error}")
@@ -272,9 +275,18 @@ class CoordinatorLoop:
                 self._exclude(site, error.code)
                 self._give_up(machine, record, [site])
             return
-        if isinstance(message, MaskedInput):
-            record.masked_sample[site] = message.chunks[0][:SAMPLE_BYTES].hex()
         self._deliver(machine, record, outbound)
+
+    @staticmethod
+    def _take_chunk(
+        machine: Coordinator, record: RoundRecord, site: SiteId, context: bytes, chunk: bytes
+    ) -> list[Outbound]:
+        uploads = machine.phase.uploads if isinstance(machine.phase, CollectingMaskedInputs) else {}
+        if context != machine.context or site not in uploads:
+            return []  # late: of an earlier round, or of an upload that was given up
+        outbound = machine.receive_chunk(chunk, sender=site)
+        record.masked_sample.setdefault(site, chunk[:SAMPLE_BYTES].hex())
+        return outbound
 
     def _deliver(self, machine: Coordinator, record: RoundRecord, outbound: Iterable[Outbound]) -> None:
         unreachable = [
@@ -303,6 +315,10 @@ class CoordinatorLoop:
         self._send(site, control.encode(Refused(code=code)))
 
     # --- output ---
+
+    def _spool(self) -> IO[bytes]:
+        # Not in the system's folder for temporary files, which may lie in memory.
+        return TemporaryFile(dir=self._state)
 
     def _send(self, site: SiteId, frames: list[bytes]) -> bool:
         """Send to one site; whether it could be reached."""

@@ -471,5 +471,10 @@ class _Session:
         self._connection.send(COORDINATOR, control.encode(message))
 
     def _send_round(self, messages: list[ToCoordinator]) -> None:
-        for message in messages:
-            self._connection.send(COORDINATOR, [control.ROUND, *round_codec.encode(message)])
+        """Send ``messages`` and empty the list: each chunk of a masked input is given free once it is handed over."""
+        while messages:
+            context = messages[0].context
+            header, *chunks = round_codec.encode(messages.pop(0))
+            self._connection.send(COORDINATOR, [control.ROUND, header])
+            while chunks:
+                self._connection.send(COORDINATOR, control.encode_chunk(context, chunks.pop(0)))

@@ -152,7 +152,7 @@ class _FailingEndpoint(DealerEndpoint):
     def send(self, peer: PeerId, frames: Sequence[bytes | memoryview]) -> None:
         """See ``Endpoint.send``."""
         if bytes(frames[0]) == control.ROUND:
-            message = round_codec.decode_from_site([bytes(frame) for frame in frames[1:]])
+            message = round_codec.decode_from_site([bytes(frame) for frame in frames[1:]], streamed=True)
             self._rounds_left -= isinstance(message, KeyAdvertisement)
             if self._rounds_left <= 0 and isinstance(message, self._message):
                 os._exit(DROPPED_EXIT_STATUS)

@@ -31,8 +31,8 @@ class Limits:
     frames: int = 4096
 
 
-def split(frames: Sequence[bytes | memoryview], *, number: int, limits: Limits) -> Iterator[tuple[bytes, memoryview]]:
-    """The chunks of a message, each as (header, bytes).
+def split(frames: Sequence[bytes | memoryview], *, number: int, limits: Limits) -> Iterator[tuple[bytes, bytes]]:
+    """The chunks of a message, each as (header, bytes), copied from ``frames`` one by one.
 
     Raises FrameTooLarge before the first if the message exceeds ``limits``, MalformedFrame if it has no frame.
     """
@@ -44,12 +44,24 @@ def split(frames: Sequence[bytes | memoryview], *, number: int, limits: Limits) 
         raise FrameTooLarge(f"message: {len(frames)} frames, expected at most {limits.frames}")
     if total > limits.message_bytes:
         raise FrameTooLarge(f"message: {total} bytes, expected at most {limits.message_bytes}")
-    return _chunks(memoryview(b"".join((table, *frames))), number, limits.chunk_bytes)
+    return _chunks([table, *frames], number, total, limits.chunk_bytes)
 
 
-def _chunks(stream: memoryview, number: int, size: int) -> Iterator[tuple[bytes, memoryview]]:
-    for offset in range(0, len(stream), size):
-        yield _HEADER.pack(number, offset, len(stream)), stream[offset : offset + size]
+def _chunks(frames: Sequence[bytes | memoryview], number: int, total: int, size: int) -> Iterator[tuple[bytes, bytes]]:
+    offset, room = 0, size
+    pieces: list[memoryview] = []
+    for frame in frames:
+        view = memoryview(frame)
+        rest = view.cast("B") if view.nbytes else view  # no empty view can be cast
+        while rest:
+            pieces.append(rest[:room])
+            rest = rest[room:]
+            room -= len(pieces[-1])
+            if not room:
+                yield _HEADER.pack(number, offset, total), b"".join(pieces)
+                offset, room, pieces = offset + size, size, []
+    if pieces:
+        yield _HEADER.pack(number, offset, total), b"".join(pieces)
 
 
 class Reassembler:

@@ -230,7 +230,7 @@ def with_lanes(message: MaskedInput, packed: bytes) -> MaskedInput:
 def test_a_signed_input_that_is_no_vector(wrong: str) -> None:
     """Rightly encoded and signed, but not the packed lanes of the round: refused before the first lane is added.
 
-    Stopped by the check of sizes in ``Coordinator._collect_input`` and by ``check_packed``, for the filling bits.
+    Stopped by the checks of number and sizes in ``Upload``, and by ``check_filling``.
     """
     stopped = at(MaskedInput)
     (site, good), (peer, other), *_ = stopped.pending

@@ -32,7 +32,7 @@ def at_the_inputs(**options: object) -> StoppedRound:
 
 
 def test_changed_on_the_way() -> None:
-    """A changed byte is noticed.  Stopped by the signed digest of each chunk in ``Coordinator._collect_input``."""
+    """A changed byte is noticed.  Stopped by the signed digest of each chunk in ``Upload.take``."""
     stopped = at_the_inputs()
     site, message = stopped.pending[0]
     chunk = bytearray(message.chunks[0])
@@ -68,7 +68,7 @@ def test_replayed_from_an_earlier_round() -> None:
 def test_cut_in_another_way(how: str) -> None:
     """An input of another size, or the right one cut into other chunks than all are, is refused before it is summed.
 
-    Stopped by the check of sizes in ``Coordinator._collect_input``.
+    Stopped by the checks of number and sizes in ``Upload``.
     """
     stopped = at_the_inputs()
     site, message = stopped.pending[0]
@@ -81,7 +81,14 @@ def test_cut_in_another_way(how: str) -> None:
     }[how]
     digests = tuple(sha256(chunk).digest() for chunk in chunks)
     other = sign(replace(message, chunks=chunks, chunk_digests=digests), stopped.identities[site])
-    with pytest.raises(MalformedMessage, match=f"in {len(chunks)} chunks, expected {len(whole)} in chunks of 1048576"):
+    size = len(whole)
+    found = {
+        "larger": f"chunk 1 of 1: 1048577 bytes of lanes, expected {size}",
+        "cut in two": f"2 chunks, expected 1 for {size} bytes of lanes in chunks of 1048576",
+        "empty chunk": "2 chunks, expected 1",
+        "many empty chunks": "1001 chunks, expected 1",
+    }[how]
+    with pytest.raises(MalformedMessage, match=f"participant {site}, .*{found}"):
         stopped.coordinator.receive(other, sender=site)
 
 

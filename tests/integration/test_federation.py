@@ -7,7 +7,7 @@ import msgspec
 import numpy as np
 import pytest
 import torch
-from support.federation import PATIENT, QUICK, Tampering, Together, expected_model, moving, step_of
+from support.federation import PATIENT, QUICK, ChangedUpload, Tampering, Together, expected_model, moving, step_of
 
 from secureagg import ParameterError, ShapeMismatch, ValueOutOfRange
 from secureagg.messages import (
@@ -368,3 +368,114 @@ def test_a_site_that_misbehaves(tmp_path, change, released: bool) -> None:
     assert ["".join(record.survivors) for record in later] == ["abc"] * 3
     assert all(record.refused == {} for record in later)
     assert sum(together.records[0].seconds.values()) < PATIENT.phase_seconds  # nobody waited for a deadline
+
+
+Pieces = list[list[bytes]]
+
+
+def uploading(tmp_path, monkeypatch, change, **options) -> Together:
+    """A federation whose masked inputs travel in many small chunks; those of site d are changed on their way."""
+    monkeypatch.setattr(MaskedInput, "CHUNK_BYTES", 64)
+    return Together(tmp_path, wrap={"d": lambda real, _site: ChangedUpload(real, change)}, **options).run()
+
+
+def the_header_is_lost(piece: int, frames: list[bytes]) -> Pieces:
+    """Everything but the header arrives."""
+    return [frames] if piece else []
+
+
+def a_chunk_is_lost(piece: int, frames: list[bytes]) -> Pieces:
+    """Everything but the second chunk arrives."""
+    return [] if piece == 2 else [frames]
+
+
+def the_rest_is_lost(piece: int, frames: list[bytes]) -> Pieces:
+    """Nothing arrives behind the second chunk."""
+    return [frames] if piece <= 2 else []
+
+
+@pytest.mark.parametrize(
+    ("change", "refused"),
+    [(the_header_is_lost, {}), (a_chunk_is_lost, {"d": ["unexpected-message"]}), (the_rest_is_lost, {})],
+)
+def test_an_upload_that_breaks_off(tmp_path, monkeypatch, change, refused: dict[str, list[str]]) -> None:
+    """A site whose upload loses a piece on its way is a dropout of the round, whose sum is exactly the others'; it is
+    not blamed for it."""
+    together = uploading(tmp_path, monkeypatch, change, rounds=1)
+    assert together.failure is None
+    assert together.errors.keys() <= {"d"}  # it may not have been there again when the federation was over
+    assert "refuses" not in str(together.errors)
+    first = together.records[0]
+    assert first.survivors == ("a", "b", "c")
+    assert first.dropped == {"d": "CollectingMaskedInputs"}
+    assert first.refused == refused
+    assert not any("excluded" in text for text in together.said)
+    assert_model(together, ["abc"])
+
+
+class LateChunks:
+    """From the second round on, a chunk of the first arrives before and behind every piece."""
+
+    def __init__(self) -> None:
+        self._uploads = 0
+        self._old: list[bytes] = []
+
+    def __call__(self, piece: int, frames: list[bytes]) -> Pieces:
+        """The piece, between late ones."""
+        self._uploads += piece == 0
+        if (self._uploads, piece) == (1, 1):
+            self._old = frames
+        return [frames] if self._uploads == 1 else [self._old, frames, self._old]
+
+
+class BeginningAgain:
+    """After its first chunk a site sends header and first chunk once more, as over a new connection."""
+
+    def __init__(self) -> None:
+        self._header: list[bytes] = []
+
+    def __call__(self, piece: int, frames: list[bytes]) -> Pieces:
+        """The piece, with what comes behind it."""
+        if piece == 0:
+            self._header = frames
+        return [frames, self._header, frames] if piece == 1 else [frames]
+
+
+@pytest.mark.parametrize("change", [LateChunks, BeginningAgain])
+def test_chunks_of_another_upload(tmp_path, monkeypatch, change) -> None:
+    """Chunks of an earlier round are ignored as late messages are, and an upload may begin again: nobody is refused,
+    and everybody is in each sum."""
+    together = uploading(tmp_path, monkeypatch, change(), rounds=2, deadlines=PATIENT)
+    assert together.failure is None
+    assert together.errors == {}
+    assert [record.survivors for record in together.records] == [("a", "b", "c", "d")] * 3
+    assert all(record.refused == {} for record in together.records)
+    assert_model(together, ["abcd"] * 2)
+
+
+def a_changed_chunk(piece: int, frames: list[bytes]) -> Pieces:
+    """The second chunk is another one than was signed."""
+    return [[*frames[:2], bytes(len(frames[2]))]] if piece == 2 else [frames]
+
+
+def a_frame_too_many(piece: int, frames: list[bytes]) -> Pieces:
+    """A chunk with something behind it."""
+    return [[*frames, b""]] if piece == 2 else [frames]
+
+
+@pytest.mark.parametrize(
+    ("change", "code"), [(a_changed_chunk, "authentication-failed"), (a_frame_too_many, "malformed-message")]
+)
+def test_a_wrong_chunk(tmp_path, monkeypatch, change, code: str) -> None:
+    """A site whose chunk is not the one that it signed is refused once, told so and excluded; the round goes on without
+    waiting for its deadline, and its sum is exactly the others'."""
+    together = uploading(tmp_path, monkeypatch, change, rounds=1, deadlines=PATIENT)
+    assert together.failure is None
+    assert together.errors.keys() == {"d"}
+    assert f"refuses site d ({code})" in str(together.errors["d"])
+    first = together.records[0]
+    assert first.survivors == ("a", "b", "c")
+    assert first.refused == {"d": [code]}
+    assert first.dropped == {"d": "CollectingMaskedInputs"}
+    assert sum(first.seconds.values()) < PATIENT.phase_seconds
+    assert_model(together, ["abc"])

@@ -345,7 +345,7 @@ def test_long_packed_vectors(bits: int) -> None:
     lane = RingLane(lane=Lane(name="x", length=length, encoding=Counts(maximum=1)), ring_bits=bits)
     assert pack(lane, np.array(values, lane.word)) == packed
     total = np.ones(length, lane.word)
-    add_packed(total, lane, packed)
+    add_packed(total, lane, lambda offset, size: packed[offset : offset + size])
     assert (total - lane.word.type(1)).tolist() == values
 
 

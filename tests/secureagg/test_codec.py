@@ -92,6 +92,16 @@ def test_chunks_travel_behind_the_header_only() -> None:
             decode_from_site(frames)
 
 
+def test_chunks_that_follow_one_by_one() -> None:
+    """Where chunks are streamed, a masked input is its header alone; with chunks among its frames it is refused."""
+    masked = messages.MaskedInput(context=b"c", sender=SiteId("a"), chunk_digests=(b"d", b"e"), chunks=(b"x", b"y"))
+    header, *chunks = encode(masked)
+    assert decode_from_site([header], streamed=True) == msgspec.structs.replace(masked, chunks=())
+    for behind in (chunks[:1], chunks):
+        with pytest.raises(MalformedMessage, match=f"{1 + len(behind)} frames, expected 1"):
+            decode_from_site([header, *behind], streamed=True)
+
+
 def test_directions_are_separate() -> None:
     """A site's message is none of the coordinator's, and the other way round."""
     with pytest.raises(MalformedMessage):

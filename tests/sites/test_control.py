@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 
 from secureagg import MalformedMessage
 from sites.control import (
+    CHUNK,
     CONTROL,
     HEADER_BYTES,
     ROUND,
@@ -15,9 +16,11 @@ from sites.control import (
     Refused,
     StartRound,
     Withdraw,
+    decode_chunk,
     decode_from_coordinator,
     decode_from_site,
     encode,
+    encode_chunk,
 )
 
 DECODERS = [decode_from_site, decode_from_coordinator]
@@ -84,9 +87,19 @@ def test_the_coordinator_does_not_speak_for_a_site(message):
 
 
 def test_the_tags_differ():
-    """Control messages and messages of the protocol cannot be taken for each other."""
-    assert (len(CONTROL), len(ROUND)) == (1, 1)
-    assert CONTROL != ROUND
+    """Control messages, messages of the protocol and chunks cannot be taken for each other."""
+    assert {len(tag) for tag in (CONTROL, ROUND, CHUNK)} == {1}
+    assert len({CONTROL, ROUND, CHUNK}) == 3
+
+
+def test_a_chunk():
+    """A chunk arrives with its context; with any other number of frames it is refused."""
+    tag, *frames = encode_chunk(b"c" * 32, b"chunk")
+    assert tag == CHUNK
+    assert decode_chunk(frames) == (b"c" * 32, b"chunk")
+    for wrong in ([], frames[:1], [*frames, b""]):
+        with pytest.raises(MalformedMessage, match=f"chunk: {len(wrong)} frames, expected a context and a chunk"):
+            decode_chunk(wrong)
 
 
 @pytest.mark.parametrize("message", FROM_COORDINATOR, ids=identify)

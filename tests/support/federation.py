@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import save
 
 from secureagg import codec
-from secureagg.messages import ToCoordinator
+from secureagg.messages import MaskedInput, ToCoordinator
 from sites import control
 from sites.config import OpenSite, open_site
 from sites.coordinator_loop import CoordinatorLoop, RoundRecord
@@ -63,7 +63,7 @@ class SilentFrom:
     def send(self, peer: PeerId, frames: Sequence[bytes]) -> None:
         """Send unless the machine has failed, or fails now."""
         if frames[0] == control.ROUND:
-            sent = codec.decode_from_site([bytes(frame) for frame in frames[1:]])
+            sent = codec.decode_from_site([bytes(frame) for frame in frames[1:]], streamed=True)
             self._rounds_left -= type(sent).__name__ == "KeyAdvertisement"
             self.dead |= self._rounds_left <= 0 and isinstance(sent, self._message)
         if not self.dead:
@@ -91,10 +91,34 @@ class Tampering:
     def send(self, peer: PeerId, frames: Sequence[bytes]) -> None:
         """Send what the change makes of a message of the round; None leaves it as it is."""
         if frames[0] == control.ROUND:
-            message = codec.decode_from_site([bytes(frame) for frame in frames[1:]])
+            message = codec.decode_from_site([bytes(frame) for frame in frames[1:]], streamed=True)
             if (changed := self._change(message)) is not None:
                 frames = [control.ROUND, *codec.encode(codec.sign(changed, self._site.keys.identity))]
         self._endpoint.send(peer, frames)
+
+    def __getattr__(self, name: str) -> object:
+        return getattr(self._endpoint, name)
+
+
+class ChangedUpload:
+    """An endpoint on whose way the pieces of a masked input are changed: ``change`` takes the number of a piece (0: the
+    header, from 1: the chunks) and its frames, and gives the messages that leave in its place."""
+
+    def __init__(self, endpoint: Endpoint, change: Callable[[int, list[bytes]], list[list[bytes]]]) -> None:
+        self._endpoint, self._change = endpoint, change
+        self._piece = 0
+
+    def send(self, peer: PeerId, frames: Sequence[bytes]) -> None:
+        """Send what is made of a piece, and everything else as it is."""
+        sent = [list(frames)]
+        if frames[0] == control.CHUNK:
+            self._piece += 1
+            sent = self._change(self._piece, sent[0])
+        elif frames[0] == control.ROUND and isinstance(codec.decode_from_site(frames[1:], streamed=True), MaskedInput):
+            self._piece = 0
+            sent = self._change(0, sent[0])
+        for message in sent:
+            self._endpoint.send(peer, message)
 
     def __getattr__(self, name: str) -> object:
         return getattr(self._endpoint, name)

@@ -1,6 +1,7 @@
 """Cutting messages into chunks and putting them together again, for honest and for hostile bytes."""
 
 import struct
+import tracemalloc
 
 import pytest
 from hypothesis import given, settings
@@ -277,6 +278,19 @@ def test_one_changed_header_byte(frames, chunk_bytes, data):
         except (MalformedFrame, FrameTooLarge):
             continue
         assert answer is None or answer == tuple(frames)
+
+
+def test_a_long_message_is_not_copied_as_a_whole():
+    """Splitting a message of many chunks holds one of them at a time."""
+    frames = [bytes(100), bytes(32 << 20), b"", bytes(1 << 20)]
+    tracemalloc.start()
+    try:
+        assert sum(len(chunk) for _, chunk in split(frames, number=1, limits=Limits())) == len(stream_of()) + 4 * 8 + (
+            100 + (33 << 20)
+        )
+        assert tracemalloc.get_traced_memory()[1] < 4 << 20
+    finally:
+        tracemalloc.stop()
 
 
 def test_defaults():

@@ -71,7 +71,7 @@ def unpacked(lane: RingLane, packed: bytes) -> list[int]:
     """The ring elements of ``packed``, checked and added to zeros."""
     check_packed(lane, packed, who="test")
     total = np.zeros(lane.lane.length, lane.word)
-    add_packed(total, lane, packed)
+    add_packed(total, lane, lambda offset, size: packed[offset : offset + size])
     return total.tolist()
 
 

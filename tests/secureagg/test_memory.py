@@ -1,0 +1,98 @@
+"""Memory of a masked input, as tracemalloc counts it: at the site that makes it and at the coordinator that adds it."""
+
+import tracemalloc
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+
+import numpy as np
+import pytest
+from support.uploads import header_of
+
+from secureagg import (
+    Card,
+    Coordinator,
+    FixedPoint,
+    Identity,
+    Lane,
+    Participant,
+    Roster,
+    RoundParameters,
+    encode_input,
+    site_id,
+)
+from secureagg.keystream import Spread
+from secureagg.phases import CollectingMaskedInputs
+from secureagg.testing import CountingEntropy, MemoryJournal
+
+SITES = [site_id(name) for name in "abc"]
+
+
+@contextmanager
+def peak() -> Iterator[list[int]]:
+    """The list has, afterwards, the most bytes in use inside the block beyond those that were in use before it."""
+    found: list[int] = []
+    tracemalloc.start()
+    try:
+        yield found
+        found.append(tracemalloc.get_traced_memory()[1])
+    finally:
+        tracemalloc.stop()
+
+
+class LongRound:
+    """Three sites with one lane of 16-bit values, up to their masked inputs; ``encoded``: an input."""
+
+    def __init__(self, length: int, spread: Spread) -> None:
+        entropy = CountingEntropy(1)
+        keys = {site: Identity.generate(entropy) for site in SITES}
+        self.parameters = RoundParameters.create(
+            consortium="test",
+            run="run",
+            round_number=1,
+            roster=Roster(Card.issue(site, key, entropy(32)) for site, key in keys.items()),
+            cohort=SITES,
+            lanes=[Lane(name="update", length=length, encoding=FixedPoint(value_range=1.0))],
+            model_digest=bytes(32),
+        )
+        self.coordinator = Coordinator(parameters=self.parameters, spread=spread)
+        self.participants = {
+            site: Participant(
+                site=site, identity=keys[site], parameters=self.parameters, journal=MemoryJournal(), spread=spread
+            )
+            for site in SITES
+        }
+        pending = [(site, message) for site, one in self.participants.items() for message in one.start()]
+        while not isinstance(self.coordinator.phase, CollectingMaskedInputs):
+            outbound = [out for site, message in pending for out in self.coordinator.receive(message, sender=site)]
+            pending = [
+                (out.recipient, message)
+                for out in outbound
+                for message in self.participants[out.recipient].receive(out.message)
+            ]
+        self.encoded = encode_input(self.parameters, {"update": np.linspace(-1, 1, length)})
+
+
+@pytest.mark.parametrize(("length", "threads"), [(1 << 22, 0), (1 << 23, 2), (1 << 24, 6)])
+def test_a_masked_input_and_its_upload(length: int, threads: int) -> None:
+    """Beyond its encoded input a site needs at most 1.5 times its packed vector; the coordinator one running sum, and
+    beyond it a block for each upload and each thread, however long the vector is."""
+    with ThreadPoolExecutor(max(1, threads)) as pool:
+        prepared = LongRound(length, pool.map if threads else map)
+        packed = prepared.parameters.packed_bytes
+        first, second = SITES[:2]
+        with peak() as found:
+            (message,) = prepared.participants[first].submit(prepared.encoded)
+        assert packed < found[0] <= 1.5 * packed
+        (other,) = prepared.participants[second].submit(prepared.encoded)
+        coordinator = prepared.coordinator
+        with peak() as found:
+            coordinator.receive(header_of(message), sender=first)
+            coordinator.receive(header_of(other), sender=second)
+            for one, two in zip(message.chunks, other.chunks, strict=True):
+                if one is not message.chunks[-1]:
+                    coordinator.receive_chunk(two, sender=second)
+                coordinator.receive_chunk(one, sender=first)
+    assert coordinator.phase.received.keys() == {first}
+    assert sum(words.nbytes for words in coordinator.phase.sums.values()) == 4 * length + 8
+    assert found[0] <= (4 + threads) << 20 < packed

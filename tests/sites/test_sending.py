@@ -1,0 +1,65 @@
+"""What the participant loop does with a masked input: header first, then chunk by chunk, each given free at once."""
+
+import tracemalloc
+from collections.abc import Sequence
+
+from secureagg import SiteId
+from secureagg.codec import decode_from_site, encode
+from secureagg.messages import KeyAdvertisement, MaskedInput
+from sites import control
+from sites.participant_loop import _Session
+from transport import PeerId
+
+CHUNKS, SIZE = 16, 1 << 20
+
+
+class Watching:
+    """An endpoint that sends nothing: it notes what it is given and how much memory is in use then."""
+
+    def __init__(self) -> None:
+        self.tags: list[bytes] = []
+        self.headers: list[object] = []
+        self.chunks: list[tuple[bytes, int, int]] = []
+        self.in_use: list[int] = []
+
+    def send(self, _peer: PeerId, frames: Sequence[bytes]) -> None:
+        """Note it."""
+        tag, *rest = frames
+        self.tags.append(tag)
+        if tag == control.ROUND:
+            self.headers.append(decode_from_site(rest, streamed=True))
+        else:
+            context, chunk = control.decode_chunk(rest)
+            self.chunks.append((context, chunk[0], len(chunk)))
+        self.in_use.append(tracemalloc.get_traced_memory()[0])
+
+
+def test_chunks_are_sent_in_order_and_given_free() -> None:
+    """The header goes before its chunks and everything else as one message; no chunk is kept once it is handed over."""
+    session = _Session.__new__(_Session)  # without a site, whose keys and state play no part here
+    session._endpoint = endpoint = Watching()
+    context, site = b"c" * 32, SiteId("a")
+    before = KeyAdvertisement(context=context, sender=site, mask_key=b"m", channel_key=b"k")
+    digests = tuple(bytes([place]) for place in range(CHUNKS))
+    tracemalloc.start()
+    try:
+        messages = [
+            before,
+            MaskedInput(
+                context=context,
+                sender=site,
+                chunk_digests=digests,
+                chunks=tuple(bytes([place]) * SIZE for place in range(CHUNKS)),
+            ),
+        ]
+        session._send_round(messages)
+    finally:
+        tracemalloc.stop()
+    assert messages == []
+    assert endpoint.tags == [control.ROUND, control.ROUND, *[control.CHUNK] * CHUNKS]
+    assert endpoint.headers == [before, MaskedInput(context=context, sender=site, chunk_digests=digests)]
+    assert endpoint.chunks == [(context, place, SIZE) for place in range(CHUNKS)]
+    assert endpoint.in_use[0] > CHUNKS * SIZE
+    for place, in_use in enumerate(endpoint.in_use[2:]):
+        assert in_use < (CHUNKS - place) * SIZE + SIZE // 2
+    assert encode(before) == encode(endpoint.headers[0])
