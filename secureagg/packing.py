@@ -17,7 +17,7 @@ from secureagg.lanes import RingLane, Words
 
 # A block of both forms stays in cache while its groups are passed over once for each place; a multiple of 8 values
 # begins on a byte in every ring.
-_BLOCK_VALUES: Final = 128 * 1024
+_BLOCK_VALUES: Final = 64 * 1024
 _WINDOW_BYTES: Final = 8  # of the widest window, which may reach beyond the last value
 
 _Bytes = npt.NDArray[np.uint8]
@@ -29,7 +29,7 @@ def pack(ring_lane: RingLane, words: Words) -> bytes:
     bits = ring_lane.ring_bits
     if bits == 8 * words.dtype.itemsize:
         return words.tobytes()
-    packed = bytearray()
+    packed = []
     for start in range(0, len(words), _BLOCK_VALUES):
         part = words[start : start + _BLOCK_VALUES]
         size = -(-len(part) * bits // 8)
@@ -39,8 +39,8 @@ def pack(ring_lane: RingLane, words: Words) -> bytes:
             np.bitwise_or(window, wide << window.dtype.type(shift), out=window)
             if spill is not None:
                 np.bitwise_or(spill, (wide >> window.dtype.type(64 - shift)).astype(np.uint8), out=spill)
-        packed += stream[:size].data
-    return bytes(packed)
+        packed.append(stream[:size].data)
+    return b"".join(packed)
 
 
 def check_packed(ring_lane: RingLane, packed: bytes | memoryview, *, who: str) -> None:
@@ -66,16 +66,34 @@ def add_packed(total: Words, ring_lane: RingLane, packed: bytes | memoryview, *,
         for start in range(part.start, part.stop, _BLOCK_VALUES):
             block = total[start : min(start + _BLOCK_VALUES, part.stop)]
             source = raw[start * bits // 8 : (start + _BLOCK_VALUES) * bits // 8 + 1]
-            stream = np.zeros(len(source) + _WINDOW_BYTES, np.uint8)
+            # Room for neighbours that the last value may lack, and for the window that reaches beyond them.
+            stream = np.zeros(len(source) + 2 * _WINDOW_BYTES, np.uint8)
             stream[: len(source)] = source
-            for values, window, shift, spill in _windows(block, stream, bits):
-                column = window >> window.dtype.type(shift)
-                if spill is not None:
-                    column |= spill.astype(window.dtype) << window.dtype.type(64 - shift)
-                column &= window.dtype.type((1 << bits) - 1)
-                np.add(values, column.astype(values.dtype, copy=False), out=values)
+            block += ring_lane.reduce(_elements(stream, bits, block.dtype, len(block)))
 
     in_parts(add_part, parts_of(len(total), _BLOCK_VALUES), spread)
+
+
+def _elements(stream: _Bytes, bits: int, word: np.dtype[np.unsignedinteger], count: int) -> Words:
+    """The first ``count`` elements of ``stream``, not yet reduced: above them, their words hold bits of others.
+
+    As many neighbours as fit 64 bits are read as one value and then cut in halves until each has its own word.
+    """
+    together = 8 // word.itemsize
+    words: Words = np.empty(-(-count // together), "<u8")
+    for values, window, shift, spill in _windows(words, stream, bits * together):
+        column = window >> window.dtype.type(shift) if shift else window
+        if spill is not None:
+            column |= spill.astype(window.dtype) << window.dtype.type(64 - shift)
+        values[:] = column
+    while words.itemsize > word.itemsize:
+        together //= 2
+        half = f"<u{words.itemsize // 2}"
+        # Shifted so far that the upper element begins in the upper half; the lower one is where it was.
+        halves = (words << words.dtype.type(4 * words.itemsize - bits * together)).view(half)
+        halves[0::2] = words.view(half)[0::2]
+        words = halves
+    return words[:count]
 
 
 def _windows(values: Words, stream: _Bytes, bits: int) -> Iterator[tuple[Words, Words, int, _Bytes | None]]:
