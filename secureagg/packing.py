@@ -29,18 +29,16 @@ def pack(ring_lane: RingLane, words: Words) -> bytes:
     bits = ring_lane.ring_bits
     if bits == 8 * words.dtype.itemsize:
         return words.tobytes()
-    packed = []
+    size = -(-len(words) * bits // 8)
+    stream = np.zeros(size + _WINDOW_BYTES, np.uint8)
     for start in range(0, len(words), _BLOCK_VALUES):
         part = words[start : start + _BLOCK_VALUES]
-        size = -(-len(part) * bits // 8)
-        stream = np.zeros(size + _WINDOW_BYTES, np.uint8)
-        for values, window, shift, spill in _windows(part, stream, bits):
+        for values, window, shift, spill in _windows(part, stream[start * bits // 8 :], bits):
             wide = values.astype(window.dtype)
             np.bitwise_or(window, wide << window.dtype.type(shift), out=window)
             if spill is not None:
                 np.bitwise_or(spill, (wide >> window.dtype.type(64 - shift)).astype(np.uint8), out=spill)
-        packed.append(stream[:size].data)
-    return b"".join(packed)
+    return stream[:size].tobytes()
 
 
 def check_packed(ring_lane: RingLane, packed: bytes | memoryview, *, who: str) -> None:
