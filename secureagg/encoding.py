@@ -21,7 +21,7 @@ from secureagg.parameters import RoundParameters
 __all__ = ["Counts", "EncodedInput", "FixedPoint", "Lane", "decode_total", "encode_input"]
 
 _UINT32 = np.dtype("<u4")
-_BLOCK_VALUES: Final = 64 * 1024  # the block's buffers stay in cache; a multiple of the cipher's 16 bytes
+_BLOCK_VALUES: Final = 32 * 1024  # the block's buffers stay in cache; a multiple of the cipher's 16 bytes
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -120,13 +120,22 @@ def _encode_fixed_point(
 
     def encode_part(part: slice) -> int:
         coins = Keystream(coin_key, offset=part.start * _UINT32.itemsize)
+        buffers = _Buffers(min(_BLOCK_VALUES, part.stop - part.start))
         clipped = 0
         for start in range(part.start, part.stop, _BLOCK_VALUES):
             block = slice(start, min(start + _BLOCK_VALUES, part.stop))
-            clipped += _encode_block(ring_lane, encoding, values[block], words[block], coins, start)
+            clipped += _encode_block(ring_lane, encoding, values[block], words[block], coins, start, buffers)
         return clipped
 
     return words, sum(spread(encode_part, parts_of(len(values), _BLOCK_VALUES)))
+
+
+class _Buffers:
+    """Memory for one block, used again for the next: fresh memory costs more than the arithmetic on it."""
+
+    def __init__(self, size: int) -> None:
+        self.scaled, self.floor = np.empty(size), np.empty(size)
+        self.draws, self.rounded = np.empty(size, _UINT32), np.empty(size, np.int32)
 
 
 def _encode_block(
@@ -136,25 +145,28 @@ def _encode_block(
     words: Words,
     coins: Keystream,
     start: int,
+    buffers: _Buffers,
 ) -> int:
     """Write the ring elements of one block, which begins at index ``start``, into ``words``; returns how many were
     clipped."""
-    scaled = values.astype(np.float64)
-    floor = np.abs(scaled)
+    size = len(values)
+    scaled, floor = buffers.scaled[:size], buffers.floor[:size]
+    draws, rounded = buffers.draws[:size], buffers.rounded[:size]
+    scaled[:] = values
     clipped = 0
-    # One comparison that a NaN fails too; only then is it worth finding out what is wrong.
-    if not floor.max() <= encoding.value_range:
+    # Two comparisons that a NaN fails too; only then is it worth finding out what is wrong.
+    if not (scaled.max() <= encoding.value_range and scaled.min() >= -encoding.value_range):
         clipped = _clip(ring_lane.lane.name, encoding, scaled, start)
     scaled *= encoding.levels / encoding.value_range
+    np.clip(scaled, -encoding.levels, encoding.levels, out=scaled)  # the product may exceed the edge by one ulp
     np.floor(scaled, out=floor)
     scaled -= floor
     scaled *= 2.0**32
-    draws = np.empty(len(values), _UINT32)
     coins.fill(draws)
+    np.copyto(rounded, floor, casting="unsafe")
     # Rounds up with probability equal to the fraction, to within 2^-32.
-    floor += draws.astype(np.float64) < scaled
-    np.clip(floor, -encoding.levels, encoding.levels, out=floor)  # the product above may exceed the edge by one ulp
-    words[:] = floor.astype(np.int32)
+    rounded += draws < scaled
+    words[:] = rounded
     ring_lane.reduce(words)
     return clipped
 

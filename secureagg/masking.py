@@ -6,7 +6,7 @@ contains it no more (Bonawitz et al., CCS 2017, section 4).  Rings are powers of
 masked input is uniform whatever x_u is.
 """
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 
 import numpy as np
 import numpy.typing as npt
@@ -40,7 +40,13 @@ def masks_of_input(
 def apply_masks(words: Words, masks: Iterable[MaskKey], *, spread: Spread = map) -> None:
     """Add or subtract each mask's keystream to ``words`` in place, modulo the word; the caller reduces to the ring."""
     keys = list(masks)
-    in_parts(lambda part: _mask(words[part], keys, start=part.start), _parts(words), spread)
+
+    def mask(part: slice) -> None:
+        apply = _masks_from(keys, part, words.dtype)
+        for block in _blocks(part, words.dtype):
+            apply(words[block])
+
+    in_parts(mask, _parts(words), spread)
 
 
 def unmasked_total(
@@ -51,8 +57,10 @@ def unmasked_total(
     total = np.empty(len(words), np.int64)
 
     def unmask(part: slice) -> None:
-        _mask(words[part], keys, start=part.start)
-        total[part] = ring_lane.lift(ring_lane.reduce(words[part]))
+        apply = _masks_from(keys, part, words.dtype)
+        for block in _blocks(part, words.dtype):
+            apply(words[block])
+            total[block] = ring_lane.lift(ring_lane.reduce(words[block]))
 
     in_parts(unmask, _parts(words), spread)
     return total
@@ -63,32 +71,39 @@ def masked_and_packed(
 ) -> Iterator[bytes]:
     """``words`` under ``masks``, packed, piece by piece; ``words`` stay as they are and no second vector is made."""
     keys = list(masks)
-    block = block_words(words.dtype)
 
-    def piece(part: slice) -> bytes:
-        own = words[part].copy()
-        _mask(own, keys, start=part.start)
+    def piece(block: slice) -> bytes:
+        own = words[block].copy()
+        _masks_from(keys, block, words.dtype)(own)
         return pack(ring_lane, ring_lane.reduce(own))
 
     # One block for each thread at a time, however many threads there are.
-    yield from spread(piece, [slice(start, min(start + block, len(words))) for start in range(0, len(words), block)])
+    yield from spread(piece, _blocks(slice(0, len(words)), words.dtype))
 
 
 def _parts(words: Words) -> list[slice]:
     return parts_of(len(words), block_words(words.dtype))
 
 
-def _mask(words: Words, keys: list[MaskKey], *, start: int) -> None:
-    """Apply the keystreams from element ``start`` on: all of them to one block in cache, then to the next."""
-    streams = [(Keystream(key, offset=start * words.itemsize), sign) for key, sign in keys]
-    block = block_words(words.dtype)
-    buffer = np.empty(min(block, len(words)), words.dtype)
-    for at in range(0, len(words), block):
-        target = words[at : at + block]
-        mask = buffer[: len(target)]
+def _blocks(part: slice, word: "np.dtype[np.unsignedinteger]") -> Iterator[slice]:
+    """``part`` cut into blocks that stay in cache for all that is done to them."""
+    block = block_words(word)
+    for start in range(part.start, part.stop, block):
+        yield slice(start, min(start + block, part.stop))
+
+
+def _masks_from(keys: list[MaskKey], part: slice, word: "np.dtype[np.unsignedinteger]") -> Callable[[Words], None]:
+    """A function that applies all keystreams to the first block of ``part``, and to the next at its next call."""
+    streams = [(Keystream(key, offset=part.start * word.itemsize), sign) for key, sign in keys]
+    buffer: Words = np.empty(min(block_words(word), part.stop - part.start), word)
+
+    def apply(block: Words) -> None:
+        mask = buffer[: len(block)]
         for stream, sign in streams:
             stream.fill(mask)
             if sign > 0:
-                target += mask
+                block += mask
             else:
-                target -= mask
+                block -= mask
+
+    return apply

@@ -17,7 +17,7 @@ from secureagg.lanes import RingLane, Words
 
 # A block of both forms stays in cache while its groups are passed over once for each place; a multiple of 8 values
 # begins on a byte in every ring.
-_BLOCK_VALUES: Final = 128 * 1024
+_BLOCK_VALUES: Final = 64 * 1024
 _WINDOW_BYTES: Final = 8  # of the widest window, which may reach beyond the last value
 
 _Bytes = npt.NDArray[np.uint8]
@@ -31,18 +31,16 @@ def pack(ring_lane: RingLane, words: Words) -> bytes:
     bits = ring_lane.ring_bits
     if bits == 8 * words.dtype.itemsize:
         return words.tobytes()
-    packed = bytearray()
+    size = -(-len(words) * bits // 8)
+    stream = np.zeros(size + _WINDOW_BYTES, np.uint8)
     for start in range(0, len(words), _BLOCK_VALUES):
         part = words[start : start + _BLOCK_VALUES]
-        size = -(-len(part) * bits // 8)
-        stream = np.zeros(size + _WINDOW_BYTES, np.uint8)
-        for values, window, shift, spill in _windows(part, stream, bits):
+        for values, window, shift, spill in _windows(part, stream[start * bits // 8 :], bits):
             wide = values.astype(window.dtype)
             np.bitwise_or(window, wide << window.dtype.type(shift), out=window)
             if spill is not None:
                 np.bitwise_or(spill, (wide >> window.dtype.type(64 - shift)).astype(np.uint8), out=spill)
-        packed += stream[:size].data
-    return bytes(packed)
+    return stream[:size].tobytes()
 
 
 def check_packed(ring_lane: RingLane, packed: bytes | memoryview, *, who: str) -> None:
@@ -75,24 +73,45 @@ def add_packed(total: Words, ring_lane: RingLane, read: Read, *, spread: Spread 
             if bits == 8 * total.dtype.itemsize:
                 block += source.view(total.dtype)
                 continue
-            stream = np.zeros(len(source) + _WINDOW_BYTES, np.uint8)
+            # Room for neighbours that the last value may lack, and for the window that reaches beyond them.
+            stream = np.zeros(len(source) + 2 * _WINDOW_BYTES, np.uint8)
             stream[: len(source)] = source
-            for values, window, shift, spill in _windows(block, stream, bits):
-                column = window >> window.dtype.type(shift)
-                if spill is not None:
-                    column |= spill.astype(window.dtype) << window.dtype.type(64 - shift)
-                column &= window.dtype.type((1 << bits) - 1)
-                np.add(values, column.astype(values.dtype, copy=False), out=values)
+            block += ring_lane.reduce(_elements(stream, bits, block.dtype, len(block)))
 
     in_parts(add_part, parts_of(len(total), _BLOCK_VALUES), spread)
+
+
+def _elements(stream: _Bytes, bits: int, word: np.dtype[np.unsignedinteger], count: int) -> Words:
+    """The first ``count`` elements of ``stream``, not yet reduced: above them, their words hold bits of others.
+
+    As many neighbours as fit 64 bits are read as one value and then cut in halves until each has its own word.
+    """
+    together = 8 // word.itemsize
+    words: Words = np.empty(-(-count // together), "<u8")
+    for values, window, shift, spill in _windows(words, stream, bits * together):
+        column = window >> window.dtype.type(shift) if shift else window
+        if spill is not None:
+            column |= spill.astype(window.dtype) << window.dtype.type(64 - shift)
+        values[:] = column
+    while words.itemsize > word.itemsize:
+        together //= 2
+        half = f"<u{words.itemsize // 2}"
+        # Shifted so far that the upper element begins in the upper half; the lower one is where it was.
+        halves = (words << words.dtype.type(4 * words.itemsize - bits * together)).view(half)
+        halves[0::2] = words.view(half)[0::2]
+        words = halves
+    return words[:count]
 
 
 def _windows(values: Words, stream: _Bytes, bits: int) -> Iterator[tuple[Words, Words, int, _Bytes | None]]:
     """For each place in a group: the values there, the windows that hold their bits, how far these are shifted in them,
     and the bytes behind the windows where they reach beyond."""
-    per_group = 8 // gcd(bits, 8)
-    stride = per_group * bits // 8
     word = np.dtype("<u4") if bits + 7 <= 32 else np.dtype("<u8")
+    per_group = 8 // gcd(bits, 8)
+    # Windows at one place are written at once, so they must not overlap.
+    while per_group * bits < 8 * word.itemsize:
+        per_group *= 2
+    stride = per_group * bits // 8
     for place in range(min(per_group, len(values))):
         own = values[place::per_group]
         first, shift = divmod(place * bits, 8)

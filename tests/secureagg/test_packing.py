@@ -39,7 +39,7 @@ def test_layout_is_the_specified_bit_stream(case: tuple[RingLane, list[int]]) ->
     assert unpack(lane, packed, who="test").tolist() == values
 
 
-@pytest.mark.parametrize("bits", [9, 20, 33, 63])
+@pytest.mark.parametrize("bits", [9, 12, 20, 24, 33, 40, 63])
 def test_long_vectors(bits: int) -> None:
     """Vectors of several blocks have the same layout as short ones, at the seams too."""
     length = 3 * 64 * 1024 + 5
