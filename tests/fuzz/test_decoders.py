@@ -1,8 +1,8 @@
 """Everything that takes bytes from a peer: bytes of any kind give a message or the documented error, and never cost
 more memory than a header may have.
 
-The corpus is what two real rounds put on the wire.  ``SECUREAGG_FUZZ_EXAMPLES`` is the number of examples of each test;
-where it is set, they differ from run to run.
+The corpus is what real rounds on both graphs put on the wire.  ``SECUREAGG_FUZZ_EXAMPLES`` is the number of examples
+of each test; where it is set, they differ from run to run.
 """
 
 import os
@@ -44,12 +44,13 @@ Frames = list[bytes]
 
 
 def corpus() -> tuple[list[Frames], list[Frames]]:
-    """What sites and coordinator sent in a round of 4 sites with a dropout, one of 17 without, and one that failed."""
+    """What sites and coordinator sent in a round of 4 sites with a dropout, one of 17 without, one on the sparse graph,
+    and one that failed."""
     from_site: list[Frames] = []
     from_coordinator: list[Frames] = []
     small = StoppedRound(4)
     small.silent[small.sites[3]] = MaskedInput
-    for stopped in (small, StoppedRound(17)):
+    for stopped in (small, StoppedRound(17), StoppedRound(6, graph="sparse")):
         while stopped.pending:
             from_site += [encode(message) for _, message in stopped.pending]
             outbound = stopped.collect()
@@ -212,7 +213,7 @@ def test_the_corpus_decodes(decode: Callable[[Frames], object]) -> None:
     seeds = FROM_SITE if decode is decode_from_site else FROM_COORDINATOR
     messages = [decode(frames) for frames in seeds]
     assert [encode(message) for message in messages] == seeds
-    assert len({type(message) for message in messages}) == (5 if decode is decode_from_site else 6)
+    assert len({type(message) for message in messages}) == (8 if decode is decode_from_site else 11)
 
 
 @fuzz
