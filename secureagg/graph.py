@@ -140,11 +140,11 @@ def _connected(n: int, k: int, lost: int, security_bits: int) -> bool:
 
 
 def _least_exceeded(n: int, bad: int, k: int, security_bits: int) -> int:
-    """The least x with Pr[more than x of k neighbours are bad] <= 2^-(s+1) / n."""
-    allowed = comb(n, k)  # over n 2^(s+1)
+    """The least x with Pr[more than x of k neighbours, drawn among the n - 1 others, are bad] <= 2^-(s+1) / n."""
+    allowed = comb(n - 1, k)  # over n 2^(s+1)
     tail = 0
     for x in range(min(bad, k), -1, -1):
-        tail += comb(bad, x) * comb(n - bad, k - x)  # of exactly x
+        tail += comb(bad, x) * comb(n - 1 - bad, k - x)  # of exactly x
         if (tail * n) << (security_bits + 1) > allowed:
             return x
     return 0

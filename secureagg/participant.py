@@ -464,7 +464,10 @@ class Participant:
             )
         if (message.neighbours, message.threshold) != (parameters.neighbours, parameters.threshold):
             raise InconsistentSurvivors(
-                self._who(f"a receipt for a graph of {message.neighbours} neighbours, expected {parameters.neighbours}")
+                self._who(
+                    f"a receipt for {message.neighbours} neighbours and threshold {message.threshold}, expected "
+                    f"{parameters.neighbours} and {parameters.threshold}"
+                )
             )
         return ParticipantFinished(message), []
 

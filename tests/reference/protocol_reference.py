@@ -9,6 +9,7 @@ import math
 import struct
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from fractions import Fraction
 from functools import cached_property
 from hashlib import sha256
 
@@ -200,7 +201,10 @@ def word_bytes(bits: int) -> int:
 
 @dataclass(frozen=True)
 class Round:
-    """All that both sides must agree on.  ``own_lanes``: without canary, weight and clip counts; ``cohort``: sorted."""
+    """All that both sides must agree on.  ``own_lanes``: without canary, weight and clip counts; ``cohort``: sorted.
+
+    On the sparse graph ``neighbours`` is k, and ``max_dropouts`` the d that both are made for; no byte depends on it.
+    """
 
     consortium: str
     run: str
@@ -213,6 +217,8 @@ class Round:
     minimum_survivors: int
     model_digest: bytes
     max_weight: int | None = None
+    neighbours: int | None = None
+    max_dropouts: int | None = None
 
     @cached_property
     def lanes(self) -> tuple[Lane, ...]:
@@ -233,6 +239,14 @@ class Round:
         """A site's Shamir coordinate."""
         return self.cohort.index(name) + 1
 
+    def positions(self, names: Iterable[str]) -> list[int]:
+        """The positions of sites, in ascending order."""
+        return [self.position(name) for name in sorted(names)]
+
+    def at(self, positions: Iterable[int]) -> list[str]:
+        """The sites at these positions."""
+        return [self.cohort[position - 1] for position in positions]
+
     @cached_property
     def roster(self) -> bytes:
         """The roster digest."""
@@ -241,7 +255,9 @@ class Round:
     @cached_property
     def parameters(self) -> bytes:
         """The parameter digest."""
-        thresholds = (self.threshold, self.max_corrupt, self.minimum_survivors, self.max_weight or 0)
+        thresholds = [self.threshold, self.max_corrupt, self.minimum_survivors, self.max_weight or 0]
+        if self.neighbours is not None:
+            thresholds.append(self.neighbours)
         parts = [b"".join(int64le(number) for number in thresholds)]
         for lane in self.lanes:
             match lane.encoding:
@@ -271,6 +287,57 @@ class Round:
 def int64le(number: int) -> bytes:
     """8 bytes, little-endian, two's complement."""
     return number.to_bytes(8, "little", signed=True)
+
+
+# --- k and t of the sparse graph ---
+
+UNSAFE = Fraction(1, 2**41)  # the chance of each of the two events that would be the end of all secrecy
+UNLUCKY = Fraction(1, 2**20)  # the chance that a round with no more than d dropouts cannot be finished
+
+
+def hypergeometric(population: int, marked: int, drawn: int, number: int) -> Fraction:
+    """Pr[Hypergeometric(population, marked, drawn) = number]: so many marked ones among those drawn."""
+    return Fraction(
+        math.comb(marked, number) * math.comb(population - marked, drawn - number), math.comb(population, drawn)
+    )
+
+
+def chance(population: int, marked: int, drawn: int, numbers: Iterable[int]) -> Fraction:
+    """Pr[Hypergeometric(population, marked, drawn) is one of ``numbers``]."""
+    return sum((hypergeometric(population, marked, drawn, number) for number in numbers), Fraction(0))
+
+
+def disconnected(n: int, k: int, lost: int) -> Fraction:
+    """The bound on the chance that the graph falls apart when so many sites are lost."""
+    if k > lost:
+        return Fraction(0)
+    ratio = Fraction(math.factorial(lost) * math.factorial(n - k), math.factorial(n) * math.factorial(lost - k))
+    return Fraction(n * (n - k - 1), 2) * ratio
+
+
+def least_honest(n: int, k: int, t: int, c: int) -> int:
+    """The least m for which the expected number of sets of m honest sites, closed under their holders, is not small."""
+    for m in range(1, n - c + 1):
+        # Of k drawn among n - 1 others, t or more are among the m - 1 others of the set and the c that collude.
+        closed = chance(n - 1, m - 1 + c, k, range(t, k + 1))
+        if math.comb(n - c, m) * closed**m > UNSAFE / n:
+            return m
+    raise AssertionError("the set of all honest sites is always closed")
+
+
+def plan(n: int, c: int, d: int) -> tuple[int, int, int] | None:
+    """k, t and the least number of honest sites in every sum; None if only the complete graph is safe."""
+    for k in range(2, n - 1, 2):
+        if disconnected(n, k, c + d) > UNSAFE:
+            continue
+        x = next(x for x in range(k + 1) if chance(n - 1, c, k, range(x + 1, k + 1)) <= UNSAFE / n)
+        for t in range(1, k + 1):
+            if 2 * t <= k + x or chance(n, n - d, k, range(t)) > UNLUCKY / n:
+                continue
+            honest = least_honest(n, k, t, c)
+            if 2 * honest > n - c:
+                return k, t, honest
+    return None
 
 
 # --- numbers: encoding, packing ---
@@ -420,37 +487,9 @@ def signed(identity_seed: bytes, message: Message) -> Message:
     return [*message[:SIGNATURE_FIELD], signature, *message[SIGNATURE_FIELD + 1 :]]
 
 
-def cohort_keys(spec: Round, advertisements: Mapping[str, Message]) -> Message:
-    """All advertisements, whole, in order of name."""
-    return ["cohort-keys", spec.context, [advertisements[name] for name in sorted(advertisements)]]
-
-
-def share_delivery(spec: Round, shares: Mapping[str, Message], recipient: str) -> Message:
-    """The commitments to what ``recipient`` gets of each other sharer, and the ciphertexts, in order of name."""
-    others = [name for name in sorted(shares) if name != recipient]
-    committed = [[name, dict(shares[name][5])[recipient]] for name in others]
-    sealed = [[name, dict(shares[name][6])[recipient]] for name in others]
-    return ["share-delivery", spec.context, committed, sealed]
-
-
 def input_digest(masked_input: Message) -> bytes:
     """What a survivor list names a masked input by."""
     return sha256(b"".join(masked_input[4])).digest()
-
-
-def survivor_list(spec: Round, inputs: Mapping[str, Message]) -> Message:
-    """Whose inputs arrived, and their digests, in order of name."""
-    return ["survivor-list", spec.context, [[name, input_digest(inputs[name])] for name in sorted(inputs)]]
-
-
-def unmask_request(spec: Round, signatures: Mapping[str, Message]) -> Message:
-    """The signatures on the survivor list, in order of name."""
-    return ["unmask-request", spec.context, [[name, signatures[name][4]] for name in sorted(signatures)]]
-
-
-def round_receipt(spec: Round, totals: Mapping[str, Sequence[int]], survivors: int) -> Message:
-    """What was released."""
-    return ["round-receipt", spec.context, survivors, totals["canary"][0], aggregate_digest(spec, totals)]
 
 
 def aggregate_digest(spec: Round, totals: Mapping[str, Sequence[int]]) -> bytes:
@@ -461,30 +500,44 @@ def aggregate_digest(spec: Round, totals: Mapping[str, Sequence[int]]) -> bytes:
     return digest("aggregate", spec.context, *parts)
 
 
+def draw_holders(spec: Round, me: str, entropy: Entropy) -> list[int]:
+    """k positions of others: the first k of a shuffle by 16 bytes for each place, in ascending order."""
+    others = [position for position in range(1, len(spec.cohort) + 1) if position != spec.position(me)]
+    for place in range(spec.neighbours or 0):
+        drawn = place + int.from_bytes(entropy(16), "little") % (len(others) - place)
+        others[place], others[drawn] = others[drawn], others[place]
+    return sorted(others[: spec.neighbours])
+
+
 class Site:
     """An honest site: one method for each of its five messages, to be called in their order."""
 
     def __init__(self, spec: Round, name: str, identity_seed: bytes, entropy: Entropy) -> None:
         """Draw nothing yet."""
         self.spec, self.name, self.identity_seed, self.entropy = spec, name, identity_seed, entropy
+        self.held: dict[str, tuple[bytes, bytes]] = {}
 
     def sign(self, tag: str, *fields: object) -> Message:
         """A signed message of this site."""
         return signed(self.identity_seed, [tag, self.spec.context, self.name, b"", *fields])
 
     def advertise(self) -> Message:
-        """Message 0.  Draws 32 bytes for the mask key, then 32 for the channel key."""
+        """Message 0.  Draws 32 bytes for the mask key, then 32 for the channel key, then the holders."""
         self.mask_secret, self.channel_secret = self.entropy(32), self.entropy(32)
-        return self.sign("key-advertisement", x25519_public(self.mask_secret), x25519_public(self.channel_secret))
+        keys = x25519_public(self.mask_secret), x25519_public(self.channel_secret)
+        if self.spec.neighbours is None:
+            return self.sign("key-advertisement", *keys)
+        return self.sign("sparse-advertisement", *keys, draw_holders(self.spec, self.name, self.entropy))
 
     def share(self, keys: Message) -> Message:
         """Message 1.  Draws 32 bytes for the self seed, then the coefficients of the mask key, then of the seed."""
         spec, context, me = self.spec, self.spec.context, self.name
-        self.mask_keys = {item[2]: item[4] for item in keys[2]}
-        self.channel_keys = {item[2]: item[5] for item in keys[2]}
+        advertisements = {item[2]: item for item in keys[2]}
+        self.mask_keys = {name: item[4] for name, item in advertisements.items()}
+        self.channel_keys = {name: item[5] for name, item in advertisements.items()}
         self.self_seed = self.entropy(32)
-        holders = sorted(self.mask_keys)
-        positions = [spec.position(holder) for holder in holders]
+        holders = sorted(holders_of(spec, advertisements[me]) & set(advertisements))
+        positions = spec.positions(holders)
         key_shares = shamir_share(self.mask_secret, spec.threshold, positions, self.entropy)
         seed_shares = shamir_share(self.self_seed, spec.threshold, positions, self.entropy)
         committed, sealed = [], []
@@ -492,7 +545,7 @@ class Site:
             pair = key_shares[spec.position(holder)], seed_shares[spec.position(holder)]
             committed.append([holder, share_commitments(context, me, holder, *pair)])
             if holder == me:
-                self.held = {me: pair}
+                self.held[me] = pair
             else:
                 secret = x25519(self.channel_secret, self.channel_keys[holder])
                 sealed.append([holder, seal(spec.roster, context, secret, b"".join(pair), me, holder)])
@@ -505,24 +558,33 @@ class Site:
             secret = x25519(self.channel_secret, self.channel_keys[sender])
             shares = open_sealed(spec.roster, context, secret, sealed, sender, me)
             self.held[sender] = shares[:33], shares[33:]
+        peers = {sender for sender, _ in delivery[3]}
+        if spec.neighbours is not None:
+            peers |= set(spec.at(delivery[4]))
         packed = b""
         for lane in spec.lanes:
             bits = spec.bits(lane)
             own_key = derive(spec.roster, context, self.self_seed, "self-mask", lane.name, me)
             values = add_mask(vectors[lane.name], 1, own_key, bits)
-            for peer, _ in delivery[3]:
+            for peer in peers:
                 secret = x25519(self.mask_secret, self.mask_keys[peer])
                 key = derive(spec.roster, context, secret, "pairwise-mask", lane.name, min(me, peer), max(me, peer))
                 values = add_mask(values, 1 if me > peer else -1, key, bits)
             packed += pack(values, bits)
         chunks = [packed[at : at + CHUNK_BYTES] for at in range(0, len(packed), CHUNK_BYTES)]
-        return self.sign("masked-input", [sha256(chunk).digest() for chunk in chunks], []), chunks
+        digests = [sha256(chunk).digest() for chunk in chunks]
+        if spec.neighbours is None:
+            return self.sign("masked-input", digests, []), chunks
+        return self.sign("sparse-input", digests, [], self.sign("inclusion", delivery[4])), chunks
 
-    def sign_survivors(self, survivors: Message) -> Message:
-        """Message 3."""
-        self.survivors = [name for name, _ in survivors[2]]
-        signature = ed25519(self.identity_seed, "survivors", self.spec.context, messagepack(survivors))
-        return self.sign("survivor-signature", signature)
+    def agree(self, survivors: Message) -> Message:
+        """Message 3: the signature on the list, or the acknowledgement of the dealers whose statements are shown."""
+        if self.spec.neighbours is None:
+            self.survivors = [name for name, _ in survivors[2]]
+            signature = ed25519(self.identity_seed, "survivors", self.spec.context, messagepack(survivors))
+            return self.sign("survivor-signature", signature)
+        self.survivors = [inclusion[2] for inclusion in survivors[2]]
+        return self.sign("acknowledgement", self.spec.positions(self.survivors))
 
     def unmask_shares(self) -> Message:
         """Message 4."""
@@ -531,19 +593,122 @@ class Site:
         return self.sign("unmask-shares", seeds, [[name, self.held[name][0]] for name in dropouts])
 
 
+# --- what the coordinator sends at the end of each phase: site -> message ---
+
+Sent = dict[str, Message]
+
+
+class TooFewSites(Exception):
+    """The round ends without a release."""
+
+
+def need(found: int, expected: int) -> None:
+    """Raise TooFewSites unless as many as expected were found."""
+    if found < expected:
+        raise TooFewSites
+
+
+def holders_of(spec: Round, advertisement: Message) -> set[str]:
+    """Who is to hold shares of the site that advertised."""
+    return set(spec.cohort if spec.neighbours is None else spec.at(advertisement[6]))
+
+
+def sharing_with(share: Message) -> set[str]:
+    """Whom a site dealt its shares to."""
+    return {holder for holder, _ in share[5]}
+
+
+def taking_part(spec: Round, holders: Mapping[str, set[str]]) -> list[str]:
+    """Those with t holders among themselves, in order of name: without the others, counted again until all have."""
+    remaining = set(holders)
+    while alone := {name for name in remaining if len(holders[name] & remaining) < spec.threshold}:
+        remaining -= alone
+    need(len(remaining), spec.minimum_survivors)
+    return sorted(remaining)
+
+
+def left_out(spec: Round, names: Iterable[str]) -> Sent:
+    """What those get without whom the round goes on."""
+    return {name: ["round-failed", spec.context, "threshold-not-met"] for name in names}
+
+
+def tagged(spec: Round, complete: str, sparse: str) -> Message:
+    """The first fields of a message of the coordinator."""
+    return [complete if spec.neighbours is None else sparse, spec.context]
+
+
+def keys_shown(spec: Round, advertisements: Sent) -> Sent:
+    """To each site its own advertisement, its holders' and its dealers': on the complete graph those of all."""
+    holders = {name: holders_of(spec, message) for name, message in advertisements.items()}
+    names = taking_part(spec, holders)
+    sent = left_out(spec, set(holders) - set(names))
+    for name in names:
+        shown = [peer for peer in names if peer == name or peer in holders[name] or name in holders[peer]]
+        sent[name] = [*tagged(spec, "cohort-keys", "sparse-keys"), [advertisements[peer] for peer in shown]]
+    return sent
+
+
+def shares_delivered(spec: Round, shares: Sent) -> Sent:
+    """To each site what others dealt to it."""
+    holders = {name: sharing_with(message) for name, message in shares.items()}
+    names = taking_part(spec, holders)
+    sent = left_out(spec, set(holders) - set(names))
+    for name in names:
+        dealers = [dealer for dealer in names if dealer != name and name in holders[dealer]]
+        committed = [[dealer, dict(shares[dealer][5])[name]] for dealer in dealers]
+        sealed = [[dealer, dict(shares[dealer][6])[name]] for dealer in dealers]
+        sent[name] = [*tagged(spec, "share-delivery", "sparse-delivery"), committed, sealed]
+        if spec.neighbours is not None:
+            sent[name].append(spec.positions(holders[name].intersection(names)))
+    return sent
+
+
+def survivors_shown(spec: Round, shares: Sent, inputs: Sent) -> Sent:
+    """To each survivor the list of them, or on the sparse graph the statements of its dealers among them."""
+    need(len(inputs), spec.minimum_survivors)
+    if spec.neighbours is None:
+        listed = ["survivor-list", spec.context, [[name, input_digest(inputs[name])] for name in sorted(inputs)]]
+        return dict.fromkeys(sorted(inputs), listed)
+    sent = {}
+    for name in inputs:
+        dealers = [peer for peer in sorted(inputs) if name in sharing_with(shares[peer])]
+        sent[name] = ["sparse-survivors", spec.context, [inputs[dealer][6] for dealer in dealers]]
+    return sent
+
+
+def shares_asked_for(spec: Round, shares: Sent, agreed: Sent) -> Sent:
+    """To those who signed, all signatures; to those with t holders who acknowledged them, what these sent."""
+    need(len(agreed), spec.threshold)
+    if spec.neighbours is None:
+        request = ["unmask-request", spec.context, [[name, agreed[name][4]] for name in sorted(agreed)]]
+        return dict.fromkeys(sorted(agreed), request)
+    sent = {}
+    for name in agreed:
+        holders = sorted(sharing_with(shares[name]) & set(agreed))
+        if len(holders) >= spec.threshold:
+            sent[name] = ["acknowledgement-list", spec.context, [agreed[holder] for holder in holders]]
+    return sent
+
+
+def receipt_of(spec: Round, totals: Mapping[str, Sequence[int]], survivors: int) -> Message:
+    """What was released."""
+    receipt = tagged(spec, "round-receipt", "sparse-receipt")
+    receipt += [survivors, totals["canary"][0], aggregate_digest(spec, totals)]
+    return receipt if spec.neighbours is None else [*receipt, spec.neighbours, spec.threshold]
+
+
 def recover(
-    spec: Round,
-    advertisements: Mapping[str, Message],
-    sharers: Iterable[str],
-    inputs: Mapping[str, Sequence[bytes]],
-    answers: Mapping[str, Message],
+    spec: Round, advertisements: Sent, shares: Sent, inputs: Mapping[str, Sequence[bytes]], answers: Sent
 ) -> dict[str, list[int]]:
-    """Lane -> exact totals; ``inputs``: the chunks of each survivor, ``answers``: the unmask shares."""
-    holders = sorted(answers)[: spec.threshold]
-    dropouts = sorted(set(sharers) - set(inputs))
+    """Lane -> exact totals; ``shares``: of all who took part in the end, ``inputs``: the chunks of each survivor."""
+    need(len(answers), spec.threshold)
+    holders = {name: sharing_with(message) for name, message in shares.items()}
+    dropouts = sorted(set(shares) - set(inputs))
 
     def secret_of(field: int, owner: str) -> bytes:
-        return shamir_reconstruct({spec.position(holder): dict(answers[holder][field])[owner] for holder in holders})
+        first = sorted(holders[owner] & set(answers))[: spec.threshold]
+        need(len(first), spec.threshold)
+        return shamir_reconstruct({spec.position(holder): dict(answers[holder][field])[owner] for holder in first})
 
     seeds = {name: secret_of(4, name) for name in sorted(inputs)}
     mask_secrets = {name: secret_of(5, name) for name in dropouts}
@@ -558,6 +723,8 @@ def recover(
             own_key = derive(spec.roster, spec.context, seeds[name], "self-mask", lane.name, name)
             values = add_mask(values, -1, own_key, bits)
             for gone in dropouts:
+                if name not in holders[gone] and gone not in holders[name]:
+                    continue
                 secret = x25519(mask_secrets[gone], advertisements[name][4])
                 pair = min(name, gone), max(name, gone)
                 key = derive(spec.roster, spec.context, secret, "pairwise-mask", lane.name, *pair)
@@ -595,40 +762,59 @@ class Transcript:
     digest: bytes
 
 
+class Conversation:
+    """A round of honest sites, with every message as a list of fields.
+
+    ``silent_from``: site -> the coordinator phase from which it sends nothing more.
+    """
+
+    def __init__(self, spec: Round, inputs: Mapping[str, SiteInput], silent_from: Mapping[str, str]) -> None:
+        """Run the whole of it."""
+        last = {name: PHASES.index(phase) for name, phase in silent_from.items()}
+
+        def going_on(among: Sent) -> list[str]:
+            return [name for name in sorted(among) if among[name][0] != "round-failed"]
+
+        def speaking(phase: int, among: Sent) -> list[str]:
+            return [name for name in going_on(among) if last.get(name, len(PHASES)) > phase]
+
+        sites = {name: Site(spec, name, item.identity_seed, item.entropy) for name, item in inputs.items()}
+        self.spec, self.sites = spec, sites
+        self.encoded = {name: encode_input(spec, item.values, item.weight, item.coins) for name, item in inputs.items()}
+
+        started: Sent = {name: ["start"] for name in spec.cohort}
+        self.advertisements = {name: sites[name].advertise() for name in speaking(0, started)}
+        self.keys = keys_shown(spec, self.advertisements)
+        self.shares = {name: sites[name].share(self.keys[name]) for name in speaking(1, self.keys)}
+        self.deliveries = shares_delivered(spec, self.shares)
+        dealt = {name: self.shares[name] for name in going_on(self.deliveries)}
+        sent = {
+            name: sites[name].masked_input(self.deliveries[name], self.encoded[name])
+            for name in speaking(2, self.deliveries)
+        }
+        self.inputs = {name: message for name, (message, _) in sent.items()}
+        self.chunks = {name: chunks for name, (_, chunks) in sent.items()}
+        self.survivors = survivors_shown(spec, dealt, self.inputs)
+        self.agreed = {name: sites[name].agree(self.survivors[name]) for name in speaking(3, self.survivors)}
+        self.requests = shares_asked_for(spec, dealt, self.agreed)
+        self.answers = {name: sites[name].unmask_shares() for name in speaking(4, self.requests)}
+        self.totals = recover(spec, self.advertisements, dealt, self.chunks, self.answers)
+        self.receipts = dict.fromkeys(self.answers, receipt_of(spec, self.totals, len(self.inputs)))
+
+
 def run_round(spec: Round, sites: Mapping[str, SiteInput], silent_from: Mapping[str, str] | None = None) -> Transcript:
-    """A round of honest sites; ``silent_from``: site -> the coordinator phase from which it sends nothing more."""
-    last = {name: PHASES.index(phase) for name, phase in (silent_from or {}).items()}
+    """The bytes of a round of honest sites; TooFewSites if it ends without a release."""
 
-    def speaking(phase: int, among: Iterable[str]) -> list[str]:
-        return [name for name in sorted(among) if last.get(name, len(PHASES)) > phase]
+    def framed(*sent: Sent) -> dict[str, dict[str, list[bytes]]]:
+        return {
+            phase: {name: [messagepack(message)] for name, message in messages.items()}
+            for phase, messages in zip(PHASES, sent, strict=True)
+        }
 
-    machines = {name: Site(spec, name, item.identity_seed, item.entropy) for name, item in sites.items()}
-    encoded = {name: encode_input(spec, item.values, item.weight, item.coins) for name, item in sites.items()}
-
-    advertisements = {name: machines[name].advertise() for name in speaking(0, spec.cohort)}
-    keys = cohort_keys(spec, advertisements)
-    shares = {name: machines[name].share(keys) for name in speaking(1, advertisements)}
-    deliveries = {name: share_delivery(spec, shares, name) for name in shares}
-    inputs = {name: machines[name].masked_input(deliveries[name], encoded[name]) for name in speaking(2, shares)}
-    survivors = survivor_list(spec, {name: message for name, (message, _) in inputs.items()})
-    signatures = {name: machines[name].sign_survivors(survivors) for name in speaking(3, inputs)}
-    request = unmask_request(spec, signatures)
-    answers = {name: machines[name].unmask_shares() for name in speaking(4, signatures)}
-    totals = recover(spec, advertisements, shares, {name: chunks for name, (_, chunks) in inputs.items()}, answers)
-    receipt = round_receipt(spec, totals, len(inputs))
-
-    from_sites = {
-        "AdvertisingKeys": {name: [messagepack(message)] for name, message in advertisements.items()},
-        "SharingKeys": {name: [messagepack(message)] for name, message in shares.items()},
-        "CollectingMaskedInputs": {name: [messagepack(message), *chunks] for name, (message, chunks) in inputs.items()},
-        "CheckingConsistency": {name: [messagepack(message)] for name, message in signatures.items()},
-        "Unmasking": {name: [messagepack(message)] for name, message in answers.items()},
-    }
-    to_sites = {
-        "AdvertisingKeys": {name: [messagepack(keys)] for name in advertisements},
-        "SharingKeys": {name: [messagepack(message)] for name, message in deliveries.items()},
-        "CollectingMaskedInputs": {name: [messagepack(survivors)] for name in inputs},
-        "CheckingConsistency": {name: [messagepack(request)] for name in signatures},
-        "Unmasking": {name: [messagepack(receipt)] for name in answers},
-    }
-    return Transcript(from_sites, to_sites, encoded, totals, tuple(inputs), aggregate_digest(spec, totals))
+    said = Conversation(spec, sites, silent_from or {})
+    from_sites = framed(said.advertisements, said.shares, said.inputs, said.agreed, said.answers)
+    for name, chunks in said.chunks.items():
+        from_sites["CollectingMaskedInputs"][name] += chunks
+    to_sites = framed(said.keys, said.deliveries, said.survivors, said.requests, said.receipts)
+    digest_of_totals = aggregate_digest(spec, said.totals)
+    return Transcript(from_sites, to_sites, said.encoded, said.totals, tuple(said.inputs), digest_of_totals)

@@ -1,6 +1,9 @@
 """The implementation against the plain second one: every byte that any machine sends, and every released total."""
 
 from collections.abc import Mapping
+from contextlib import suppress
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -9,13 +12,27 @@ import reference.protocol_reference as plain
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from secureagg import Card, Coordinator, Counts, FixedPoint, Identity, Lane, Participant, Roster, RoundParameters
+from secureagg import (
+    Card,
+    Coordinator,
+    Counts,
+    FixedPoint,
+    Identity,
+    Lane,
+    ParameterError,
+    Participant,
+    Roster,
+    RoundParameters,
+    ThresholdNotMet,
+)
 from secureagg import SiteId as Name
 from secureagg.codec import decode_from_coordinator, decode_from_site, encode
 from secureagg.encoding import encode_input
+from secureagg.graph import least_honest_survivors
 from secureagg.lanes import RingLane
 from secureagg.packing import add_packed, pack
-from secureagg.phases import CoordinatorFinished
+from secureagg.parameters import choose_thresholds
+from secureagg.phases import Aborted, CoordinatorFinished
 from secureagg.testing import CountingEntropy, MemoryJournal
 
 Case = tuple[plain.Round, dict[str, plain.SiteInput], dict[str, str]]
@@ -74,6 +91,15 @@ def case(
     return spec, inputs, dict(silent_from or {})
 
 
+def sparse_case(c: int, d: int, **options: Any) -> Case:
+    """As ``case``, on the sparse graph that is planned for c colluding sites and d dropouts."""
+    planned = plain.plan(options["n"], c, d)
+    assert planned is not None
+    k, t, h = planned
+    spec, inputs, silent_from = case(thresholds=(t, c, h), **options)
+    return replace(spec, neighbours=k, max_dropouts=d), inputs, silent_from
+
+
 def parameters_of(spec: plain.Round, seeds: Mapping[str, bytes]) -> RoundParameters:
     """The implementation's parameters of the reference's round."""
     outsider = plain.counting_entropy(f"setup-{spec.number - 1}".encode())
@@ -89,7 +115,9 @@ def parameters_of(spec: plain.Round, seeds: Mapping[str, bytes]) -> RoundParamet
             case plain.Counts(maximum):
                 encoding = Counts(maximum=maximum)
         lanes.append(Lane(name=lane.name, length=lane.length, encoding=encoding, weighted=lane.weighted))
-    return RoundParameters.create(
+    # The implementation finds k and t of a sparse graph by itself.
+    sparse = spec.neighbours is not None
+    parameters = RoundParameters.create(
         consortium=spec.consortium,
         run=spec.run,
         round_number=spec.number,
@@ -98,14 +126,18 @@ def parameters_of(spec: plain.Round, seeds: Mapping[str, bytes]) -> RoundParamet
         lanes=lanes,
         model_digest=spec.model_digest,
         max_weight=spec.max_weight,
-        threshold=spec.threshold,
+        threshold=None if sparse else spec.threshold,
         max_corrupt=spec.max_corrupt,
         minimum_survivors=spec.minimum_survivors,
+        graph="sparse" if sparse else "complete",
+        max_dropouts=spec.max_dropouts,
     )
+    assert (parameters.neighbours, parameters.threshold) == (spec.neighbours, spec.threshold)
+    return parameters
 
 
 def run_implementation(given_case: Case, parameters: RoundParameters) -> plain.Transcript:
-    """The same round by the real machines and the real codec."""
+    """The same round by the real machines and the real codec; raises the error that the coordinator ends it with."""
     spec, inputs, silent_from = given_case
     participants, encoded, pending = {}, {}, []
     for name, item in inputs.items():
@@ -138,6 +170,8 @@ def run_implementation(given_case: Case, parameters: RoundParameters) -> plain.T
             outbound += coordinator.receive(decode_from_site(encode(message)), sender=Name(name))
         if coordinator.phase is before:
             outbound += coordinator.close_phase()
+        if isinstance(coordinator.phase, Aborted):
+            raise coordinator.phase.error
         pending = []
         for item in outbound:
             frames = encode(item.message)
@@ -157,7 +191,10 @@ def run_implementation(given_case: Case, parameters: RoundParameters) -> plain.T
 
 
 def check(given_case: Case) -> plain.Transcript:
-    """Both implementations agree on the parameters, each message, the encoded inputs and the release."""
+    """Both implementations agree on the parameters, each message, the encoded inputs and the release.
+
+    If too few sites are left for a release, both say so, and TooFewSites is raised.
+    """
     spec, inputs, silent_from = given_case
     parameters = parameters_of(spec, {name: item.identity_seed for name, item in inputs.items()})
     assert parameters.roster.digest == spec.roster
@@ -167,7 +204,12 @@ def check(given_case: Case) -> plain.Transcript:
     assert [*parameters.lanes] == [lane.name for lane in spec.lanes]
     assert parameters.digest == spec.parameters
     assert parameters.context == spec.context
-    expected = plain.run_round(spec, inputs, silent_from)
+    try:
+        expected = plain.run_round(spec, inputs, silent_from)
+    except plain.TooFewSites:
+        with pytest.raises(ThresholdNotMet):
+            run_implementation(given_case, parameters)
+        raise
     found = run_implementation(given_case, parameters)
     assert found.encoded == expected.encoded
     for phase in plain.PHASES:
@@ -222,10 +264,8 @@ def random_lanes(draw: st.DrawFn) -> tuple[plain.Lane, ...]:
 
 
 @st.composite
-def cases(draw: st.DrawFn) -> Case:
-    """Random rounds of three to six sites."""
-    n = draw(st.integers(3, 6), label="n")
-    thresholds, silent = draw(thresholds_and_silence(n))
+def random_inputs(draw: st.DrawFn, n: int) -> dict[str, Any]:
+    """Lanes, and values and weights of ``n`` sites for them."""
     lanes = draw(random_lanes())
     weighted = any(lane.weighted for lane in lanes) or draw(st.booleans())
     max_weight = draw(st.one_of(st.integers(1, 300), st.integers(1, 100_000))) if weighted else None
@@ -244,16 +284,25 @@ def cases(draw: st.DrawFn) -> Case:
     if max_weight is not None:
         # At least 1: a mean over a total weight of 0 is not defined, and the implementation releases none.
         weights = {name: draw(st.integers(1, max_weight)) for name in site_names(n)}
-    return case(
-        n=n,
-        lanes=lanes,
-        values=values,
-        weights=weights,
-        max_weight=max_weight,
-        thresholds=thresholds,
-        silent_from=silent,
-        seed=draw(st.integers(0, 2**32)),
-    )
+    seed = draw(st.integers(0, 2**32))
+    return {"n": n, "lanes": lanes, "values": values, "weights": weights, "max_weight": max_weight, "seed": seed}
+
+
+@st.composite
+def cases(draw: st.DrawFn) -> Case:
+    """Random rounds of three to six sites."""
+    n = draw(st.integers(3, 6), label="n")
+    thresholds, silent = draw(thresholds_and_silence(n))
+    return case(**draw(random_inputs(n)), thresholds=thresholds, silent_from=silent)
+
+
+@st.composite
+def sparse_cases(draw: st.DrawFn) -> Case:
+    """Random rounds of 8 to 20 sites on the sparse graph, in which up to one site too many falls silent."""
+    n, c, d = draw(st.sampled_from([(8, 1, 2), (12, 0, 1), (12, 1, 2), (14, 1, 1), (16, 2, 3), (20, 1, 2), (20, 3, 5)]))
+    names = draw(st.lists(st.sampled_from(site_names(n)), max_size=d + 1, unique=True), label="silent")
+    silent = {name: draw(st.sampled_from(plain.PHASES)) for name in names}
+    return sparse_case(c, d, **draw(random_inputs(n)), silent_from=silent)
 
 
 @given(cases())
@@ -261,6 +310,15 @@ def cases(draw: st.DrawFn) -> Case:
 def test_random_rounds(random_case: Case) -> None:
     """Any round of three to six sites is the same, bit for bit, in both implementations."""
     check(random_case)
+
+
+@given(sparse_cases())
+@settings(max_examples=15, deadline=None)
+def test_random_sparse_rounds(random_case: Case) -> None:
+    """Any round on the sparse graph is the same, bit for bit, in both implementations, or ends in both without a
+    release."""
+    with suppress(plain.TooFewSites):
+        check(random_case)
 
 
 def ramp(n: int, length: int) -> dict[str, dict[str, list[float]]]:
@@ -308,6 +366,64 @@ def test_one_silent_site_in_each_phase() -> None:
     silent = dict(zip(names[::2], plain.PHASES, strict=False))
     lanes = (plain.Lane("update", 3, plain.FixedPoint(1.0)),)
     check(case(n=11, lanes=lanes, values=ramp(11, 3), thresholds=(6, 0, 6), silent_from=silent))
+
+
+def test_one_silent_site_in_each_phase_of_a_sparse_round() -> None:
+    """On the sparse graph too, sites that fall silent in five different phases leave the same messages behind."""
+    names = site_names(20)
+    silent = dict(zip(names[::4], plain.PHASES, strict=True))
+    lanes = (plain.Lane("update", 3, plain.FixedPoint(1.0)),)
+    transcript = check(sparse_case(1, 6, n=20, lanes=lanes, values=ramp(20, 3), silent_from=silent))
+    assert len(transcript.survivors) == 17
+
+
+@pytest.mark.parametrize("phase", ["AdvertisingKeys", "SharingKeys"])
+def test_a_site_without_enough_holders(phase: str) -> None:
+    """A site of whose holders too many fell silent is told so and left out; the round goes on without it."""
+    lost = site_names(20)[-1]
+    silent = dict.fromkeys(["h13", "h15", "h5"], phase)
+    lanes = (plain.Lane("update", 3, plain.FixedPoint(1.0)),)
+    transcript = check(sparse_case(1, 2, n=20, lanes=lanes, values=ramp(20, 3), silent_from=silent))
+    told = [name for name, frames in transcript.to_sites[phase].items() if b"round-failed" in frames[0]]
+    assert told == [lost]
+    assert sorted([*transcript.survivors, *told, *silent]) == site_names(20)
+
+
+@pytest.mark.parametrize("phase", plain.PHASES)
+def test_a_sparse_round_that_ends_without_a_release(phase: str) -> None:
+    """Where more than half of the sites are silent from some phase on, neither implementation releases anything."""
+    silent = dict.fromkeys(site_names(12)[:7], phase)
+    lanes = (plain.Lane("update", 3, plain.FixedPoint(1.0)),)
+    with pytest.raises(plain.TooFewSites):
+        check(sparse_case(0, 1, n=12, lanes=lanes, values=ramp(12, 3), silent_from=silent))
+
+
+@pytest.mark.parametrize("n", [12, 13, 16, 20, 27, 40, 64, 90, 118])
+def test_the_plan_of_a_sparse_graph(n: int) -> None:
+    """Neighbours, threshold and the least honest sites in a sum are those of the document's formulas; where these find
+    no safe graph, none is given."""
+    shares = sorted({0, 1, n // 20, n // 10, n // 5})
+    for c, d in ((c, d) for c in shares for d in shares):
+        planned = plain.plan(n, c, d)
+        if planned is None:
+            with pytest.raises(ParameterError, match="no sparse one is safe"):
+                choose_thresholds(n, graph="sparse", max_corrupt=c, max_dropouts=d)
+            continue
+        k, t, honest = planned
+        found = choose_thresholds(n, graph="sparse", max_corrupt=c, max_dropouts=d)
+        assert (found.neighbours, found.threshold, found.max_corrupt) == (k, t, c)
+        assert least_honest_survivors(n, k, t, c) == found.minimum_survivors == honest
+
+
+@pytest.mark.parametrize(
+    ("n", "c", "d", "k", "t", "honest"),
+    [(101, 10, 10, 32, 22, 52), (200, 20, 20, 56, 39, 111), (500, 50, 50, 82, 57, 284)],
+)
+def test_the_table_of_the_document(n: int, c: int, d: int, k: int, t: int, honest: int) -> None:
+    """The rows of the table in docs/protocol.md that this code reaches in a second are what its formulas give."""
+    row = "| " + " | ".join(map(str, (n, c, d, k, t, honest))) + " |"
+    assert row in (Path(__file__).parents[2] / "docs" / "protocol.md").read_text(encoding="utf-8").splitlines()
+    assert plain.plan(n, c, d) == (k, t, honest)
 
 
 def test_clipped_values() -> None:

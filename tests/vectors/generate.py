@@ -6,7 +6,8 @@ Nothing here imports ``secureagg``: a vector says what docs/protocol.md means, n
 import json
 import math
 import sys
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
+from dataclasses import replace
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
@@ -31,7 +32,7 @@ def as_json(value: Any) -> Any:
 
 def files() -> dict[str, str]:
     """File name -> its whole text."""
-    three, four = small_round(), dropout_round()
+    three, four, sparse = small_round(), dropout_round(), sparse_round()
     contents = {
         "roster": roster(),
         "context": contexts(),
@@ -43,7 +44,9 @@ def files() -> dict[str, str]:
         "encoding": encodings(),
         "round": whole_round(*three),
         "round_dropout": whole_round(*four),
-        "hostile": hostile(*three),
+        "round_sparse": whole_round(*sparse),
+        "hostile": hostile(three),
+        "hostile_sparse": hostile_sparse(sparse),
     }
     return {f"{name}.json": json.dumps(as_json(item), indent=1) + "\n" for name, item in contents.items()}
 
@@ -61,7 +64,7 @@ def write(directory: Path = HERE) -> None:
 def founders(n: int) -> dict[str, dict[str, bytes]]:
     """The first ``n`` sites of the consortium of all vectors: name -> seed, keys and card signature."""
     sites = {}
-    for name in ("st-anna", "uni-b", "clinic.7", "north_east", "a", "z" * 64)[:n]:
+    for name in ("st-anna", "uni-b", "clinic.7", "north_east", "a", "z" * 64, "b", "m-2")[:n]:
         entropy = plain.counting_entropy(f"site {name}".encode())
         seed, transport_key = entropy(32), entropy(32)
         sites[name] = {
@@ -80,7 +83,7 @@ def members(n: int) -> tuple[plain.Member, ...]:
 
 def roster() -> dict[str, Any]:
     """Cards and roster digests; cards to refuse."""
-    sites = founders(6)
+    sites = founders(8)
     first, second = (dict(name=name, **sites[name]) for name in ("st-anna", "uni-b"))
     refused = {
         "transport key of another site": ({**first, "transport_key": second["transport_key"]}, "authentication-failed"),
@@ -91,7 +94,7 @@ def roster() -> dict[str, Any]:
     }
     return {
         "cards": [{"name": name, **site} for name, site in sites.items()],
-        "digests": [{"first": n, "digest": plain.roster_digest(members(n))} for n in (3, 4, 6)],
+        "digests": [{"first": n, "digest": plain.roster_digest(members(n))} for n in (3, 4, 6, 8)],
         "refused": [{"why": why, "card": card, "code": code} for why, (card, code) in refused.items()],
     }
 
@@ -142,6 +145,7 @@ def spec_json(spec: plain.Round) -> dict[str, Any]:
         "ring_bits": {lane.name: spec.bits(lane) for lane in spec.lanes},
         "parameters": spec.parameters,
         "context": spec.context,
+        **({} if spec.neighbours is None else {"neighbours": spec.neighbours, "max_dropouts": spec.max_dropouts}),
     }
 
 
@@ -393,6 +397,9 @@ class Recorded:
         return self.draws[-1]
 
 
+# In a run of this name the first site and another one have not drawn each other, and a holder of it did not draw it.
+SPARSE_RUN = "eight sites, 39"
+
 Setting = tuple[plain.Round, dict[str, plain.SiteInput], dict[str, str]]
 
 
@@ -400,7 +407,7 @@ def site_inputs(spec: plain.Round, values: dict[str, dict[str, list]], weights: 
     """What each site of the cohort brings."""
     return {
         name: plain.SiteInput(
-            identity_seed=founders(6)[name]["identity_seed"],
+            identity_seed=founders(8)[name]["identity_seed"],
             entropy=Recorded(f"{spec.run} {name}"),
             coins=Recorded(f"{spec.run} {name} coins"),
             values=values[name],
@@ -434,6 +441,36 @@ def dropout_round() -> Setting:
     return spec, site_inputs(spec, values, None), {spec.cohort[1]: "CollectingMaskedInputs"}
 
 
+def sparse_round() -> Setting:
+    """Eight sites on the sparse graph, of which one shares its keys and sends no input and one reveals no shares."""
+    n, c, d = 8, 1, 2
+    planned = plain.plan(n, c, d)
+    assert planned is not None
+    k, t, h = planned
+    lanes = (
+        plain.Lane("update", 3, plain.FixedPoint(1.0), weighted=True),
+        plain.Lane("histogram", 2, plain.Counts(100)),
+    )
+    spec = spec_of(
+        n,
+        run=SPARSE_RUN,
+        own_lanes=lanes,
+        max_weight=10,
+        threshold=t,
+        max_corrupt=c,
+        minimum_survivors=h,
+        neighbours=k,
+        max_dropouts=d,
+    )
+    values = {
+        name: {"update": [-1.0, 0.25 / at, 0.1 * at], "histogram": [at, 100]}
+        for at, name in enumerate(spec.cohort, start=1)
+    }
+    weights = {name: at for at, name in enumerate(spec.cohort, start=1)}
+    silent_from = {spec.cohort[2]: "CollectingMaskedInputs", spec.cohort[5]: "Unmasking"}
+    return spec, site_inputs(spec, values, weights), silent_from
+
+
 def whole_round(spec: plain.Round, inputs: dict[str, plain.SiteInput], silent_from: dict[str, str]) -> dict[str, Any]:
     """All that goes into a round and all that comes out of it."""
     transcript = plain.run_round(spec, inputs, silent_from)
@@ -463,32 +500,18 @@ def whole_round(spec: plain.Round, inputs: dict[str, plain.SiteInput], silent_fr
 # --- hostile messages ---
 
 
-class Honest:
-    """The honest messages of a round of three, as lists of fields, for somebody to change."""
+class Honest(plain.Conversation):
+    """The honest messages of a round, as lists of fields, for somebody to change."""
 
-    def __init__(self, spec: plain.Round, inputs: dict[str, plain.SiteInput]) -> None:
+    def __init__(self, spec: plain.Round, inputs: dict[str, plain.SiteInput], silent_from: dict[str, str]) -> None:
         # fresh streams: those of ``inputs`` may have been drawn from already
-        self.spec, self.names = spec, spec.cohort
-        self.seeds = {name: item.identity_seed for name, item in inputs.items()}
-        entropy = {name: Recorded(f"{spec.run} {name}") for name in inputs}
-        coins = {name: Recorded(f"{spec.run} {name} coins") for name in inputs}
-        self.sites = {name: plain.Site(spec, name, self.seeds[name], entropy[name]) for name in inputs}
-        encoded = {
-            name: plain.encode_input(spec, item.values, item.weight, coins[name]) for name, item in inputs.items()
+        fresh = {
+            name: replace(item, entropy=Recorded(f"{spec.run} {name}"), coins=Recorded(f"{spec.run} {name} coins"))
+            for name, item in inputs.items()
         }
-        self.advertisements = {name: site.advertise() for name, site in self.sites.items()}
-        self.keys = plain.cohort_keys(spec, self.advertisements)
-        self.shares = {name: site.share(self.keys) for name, site in self.sites.items()}
-        self.deliveries = {name: plain.share_delivery(spec, self.shares, name) for name in self.sites}
-        sent = {name: site.masked_input(self.deliveries[name], encoded[name]) for name, site in self.sites.items()}
-        self.inputs = {name: message for name, (message, _) in sent.items()}
-        self.chunks = {name: chunks for name, (_, chunks) in sent.items()}
-        self.survivors = plain.survivor_list(spec, self.inputs)
-        self.signatures = {name: site.sign_survivors(self.survivors) for name, site in self.sites.items()}
-        self.request = plain.unmask_request(spec, self.signatures)
-        self.answers = {name: site.unmask_shares() for name, site in self.sites.items()}
-        totals = plain.recover(spec, self.advertisements, self.shares, self.chunks, self.answers)
-        self.receipt = plain.round_receipt(spec, totals, len(self.names))
+        super().__init__(spec, fresh, silent_from)
+        self.names = spec.cohort
+        self.seeds = {name: item.identity_seed for name, item in inputs.items()}
 
     def signed(self, message: list, **fields: Any) -> list:
         """``message`` with some fields changed (f4=..., by place) and signed again by its sender."""
@@ -496,6 +519,10 @@ class Honest:
         for place, value in fields.items():
             changed[int(place[1:])] = value
         return plain.signed(self.seeds[message[2]], changed)
+
+
+SiteCase = tuple[str, str, Frames, str]
+CoordinatorCase = tuple[str, str, list[str], str, Frames, str]
 
 
 def flipped(raw: bytes, at: int = 0) -> bytes:
@@ -508,18 +535,38 @@ def bytes_of(message: list) -> Frames:
     return [plain.messagepack(message)]
 
 
-def hostile(spec: plain.Round, inputs: dict[str, plain.SiteInput], _silent: dict[str, str]) -> dict[str, Any]:
-    """Bytes that a machine must refuse, and the code of the error."""
-    honest = Honest(spec, inputs)
+def hostile(setting: Setting) -> dict[str, Any]:
+    """Bytes that a machine must refuse in the round of three, and the code of the error."""
+    honest = Honest(*setting)
+    to_sites = [*hostile_cohort_keys(honest), *hostile_deliveries(honest), *hostile_lists(honest)]
+    to_coordinator = hostile_to_coordinator(honest)
+    other_to_sites, other_to_coordinator = messages_of_the_sparse_graph(honest)
+    return hostile_file("round.json", honest, to_sites + other_to_sites, to_coordinator + other_to_coordinator)
+
+
+def hostile_sparse(setting: Setting) -> dict[str, Any]:
+    """The same for the round on the sparse graph."""
+    honest = Honest(*setting)
+    to_sites = [
+        *hostile_sparse_keys(honest),
+        *hostile_sparse_deliveries(honest),
+        *hostile_statements(honest),
+        *hostile_sparse_receipts(honest),
+    ]
+    to_coordinator = hostile_sparse_to_coordinator(honest)
+    other_to_sites, other_to_coordinator = messages_of_the_complete_graph(honest)
+    return hostile_file("round_sparse.json", honest, to_sites + other_to_sites, to_coordinator + other_to_coordinator)
+
+
+def hostile_file(
+    name_of_round: str, honest: Honest, to_sites: list[SiteCase], to_coordinator: list[CoordinatorCase]
+) -> dict[str, Any]:
+    """The cases, as the files have them; those of a site are for the first one."""
     return {
-        "round": "round.json",
+        "round": name_of_round,
         "to_sites": [
             {"name": name, "machine": honest.names[0], "phase": phase, "frames": frames, "code": code}
-            for name, phase, frames, code in [
-                *hostile_cohort_keys(honest),
-                *hostile_deliveries(honest),
-                *hostile_lists(honest),
-            ]
+            for name, phase, frames, code in to_sites
         ],
         "to_coordinator": [
             {
@@ -531,23 +578,21 @@ def hostile(spec: plain.Round, inputs: dict[str, plain.SiteInput], _silent: dict
                 "frames": frames,
                 "code": code,
             }
-            for name, phase, received, sender, frames, code in hostile_to_coordinator(honest)
+            for name, phase, received, sender, frames, code in to_coordinator
         ],
     }
-
-
-SiteCase = tuple[str, str, Frames, str]
 
 
 def hostile_cohort_keys(honest: Honest) -> list[SiteCase]:
     """Advertisements that the first site must not believe."""
     first, second, third = (honest.advertisements[name] for name in honest.names)
-    frame = plain.messagepack(honest.keys)
+    shown = honest.keys[honest.names[0]]
+    frame = plain.messagepack(shown)
     other_key = plain.x25519_public(sha256(b"another key").digest())
     phase, malformed, failed = "AwaitingCohortKeys", "malformed-message", "authentication-failed"
 
     def keys(*advertisements: list) -> Frames:
-        return bytes_of([*honest.keys[:2], list(advertisements)])
+        return bytes_of([*shown[:2], list(advertisements)])
 
     nested_context = honest.signed(third, f1=sha256(b"another context").digest())
     stranger = founders(4)["north_east"]["identity_seed"]
@@ -558,21 +603,21 @@ def hostile_cohort_keys(honest: Honest) -> list[SiteCase]:
         ("array in a longer form", phase, [b"\xdc\x00\x03" + frame[1:]], malformed),
         ("tag in a longer form", phase, [frame[:1] + b"\xd9\x0b" + frame[2:]], malformed),
         ("tag as bytes", phase, [frame[:1] + b"\xc4\x0b" + frame[2:]], malformed),
-        ("context as text", phase, bytes_of([honest.keys[0], "c" * 32, honest.keys[2]]), malformed),
-        ("field too many", phase, bytes_of([*honest.keys, 0]), malformed),
-        ("field missing", phase, bytes_of(honest.keys[:2]), malformed),
+        ("context as text", phase, bytes_of([shown[0], "c" * 32, shown[2]]), malformed),
+        ("field too many", phase, bytes_of([*shown, 0]), malformed),
+        ("field missing", phase, bytes_of(shown[:2]), malformed),
         ("map instead of array", phase, [b"\x80"], malformed),
-        ("unknown tag", phase, bytes_of(["cohort-key", *honest.keys[1:]]), malformed),
+        ("unknown tag", phase, bytes_of(["cohort-key", *shown[1:]]), malformed),
         ("empty frame", phase, [b""], malformed),
         ("second frame", phase, [frame, b""], malformed),
         ("message of a site", phase, bytes_of(first), malformed),
         (
             "wrong context",
             phase,
-            bytes_of([honest.keys[0], flipped(honest.keys[1]), honest.keys[2]]),
+            bytes_of([shown[0], flipped(shown[1]), shown[2]]),
             "unexpected-message",
         ),
-        ("message of a later phase", phase, bytes_of(honest.survivors), "unexpected-message"),
+        ("message of a later phase", phase, bytes_of(honest.survivors[honest.names[0]]), "unexpected-message"),
         ("too few advertisements", phase, keys(first, second), "threshold-not-met"),
         ("advertisement listed twice", phase, keys(first, second, third, third), malformed),
         ("own advertisement with another key", phase, keys(honest.signed(first, f4=other_key), second, third), failed),
@@ -633,7 +678,7 @@ def hostile_deliveries(honest: Honest) -> list[SiteCase]:
             delivery([[second, committed[0][1]], ["uni-c", bytes(64)]], [sealed[0], ["uni-c", bytes(82)]]),
             "unexpected-message",
         ),
-        ("second cohort keys", phase, bytes_of(honest.keys), "unexpected-message"),
+        ("second cohort keys", phase, bytes_of(honest.keys[me]), "unexpected-message"),
     ]
 
 
@@ -641,8 +686,8 @@ def hostile_lists(honest: Honest) -> list[SiteCase]:
     """Survivor lists, unmask requests and receipts that the first site must refuse."""
     me, _, third = honest.names
     context = honest.spec.context
-    listed, signatures = honest.survivors[2], honest.request[2]
-    receipt = honest.receipt
+    survivor_list, unmask_request, receipt = honest.survivors[me], honest.requests[me], honest.receipts[me]
+    listed, signatures = survivor_list[2], unmask_request[2]
     inconsistent, failed, malformed = "inconsistent-survivors", "authentication-failed", "malformed-message"
 
     def survivors(*pairs: list) -> Frames:
@@ -660,7 +705,7 @@ def hostile_lists(honest: Honest) -> list[SiteCase]:
     on_other_list = plain.ed25519(honest.seeds[third], "survivors", context, plain.messagepack(other_list))
     at_list, at_request, at_receipt = "AwaitingSurvivors", "AwaitingUnmaskRequest", "AwaitingReceipt"
     other_context = sha256(b"another context").digest()
-    elsewhere = plain.ed25519(honest.seeds[third], "survivors", other_context, plain.messagepack(honest.survivors))
+    elsewhere = plain.ed25519(honest.seeds[third], "survivors", other_context, plain.messagepack(survivor_list))
     return [
         ("another input in the own name", at_list, survivors([me, flipped(listed[0][1])], *listed[1:]), inconsistent),
         ("survivor that shared nothing", at_list, survivors(*listed, ["zz", bytes(32)]), inconsistent),
@@ -669,7 +714,7 @@ def hostile_lists(honest: Honest) -> list[SiteCase]:
         ("short input digest", at_list, survivors(*listed[:2], [third, listed[2][1][:31]]), malformed),
         ("list of another round", at_list, bytes_of(["survivor-list", other_context, listed]), "unexpected-message"),
         ("second survivor list", at_request, bytes_of(other_list), "unexpected-message"),
-        ("the same survivor list again", at_request, bytes_of(honest.survivors), "unexpected-message"),
+        ("the same survivor list again", at_request, bytes_of(survivor_list), "unexpected-message"),
         ("too few signatures", at_request, request(*signatures[:2]), "threshold-not-met"),
         ("no signatures", at_request, request(), "threshold-not-met"),
         ("signature on another list", at_request, request(*signatures[:2], [third, on_other_list]), failed),
@@ -677,15 +722,12 @@ def hostile_lists(honest: Honest) -> list[SiteCase]:
         ("one signature for two", at_request, request(*signatures[:2], [third, signatures[1][1]]), failed),
         ("signer named twice", at_request, request(*signatures[:2], signatures[1]), malformed),
         ("signer who is no survivor", at_request, request(*signatures, ["zz", bytes(64)]), inconsistent),
-        ("second unmask request", at_receipt, bytes_of(honest.request), "unexpected-message"),
+        ("second unmask request", at_receipt, bytes_of(unmask_request), "unexpected-message"),
         ("canary of another sum", at_receipt, bytes_of([*receipt[:3], 2, receipt[4]]), inconsistent),
         ("receipt for fewer survivors", at_receipt, bytes_of([*receipt[:2], 2, 2, receipt[4]]), inconsistent),
         ("negative canary", at_receipt, with_canary(b"\xff"), inconsistent),
         ("canary in a longer form", at_receipt, with_canary(b"\xcc\x03"), malformed),
     ]
-
-
-CoordinatorCase = tuple[str, str, list[str], str, Frames, str]
 
 
 def hostile_to_coordinator(honest: Honest) -> list[CoordinatorCase]:
@@ -707,7 +749,7 @@ def hostile_to_coordinator(honest: Honest) -> list[CoordinatorCase]:
     wrong = ((int.from_bytes(seeds[0][1], "little") + 1) % plain.PRIME).to_bytes(33, "little")
     beyond = plain.PRIME.to_bytes(33, "little")
     both = [[first, honest.sites[liar].held[first][0]]]
-    other_list = ["survivor-list", spec.context, honest.survivors[2][:2]]
+    other_list = ["survivor-list", spec.context, honest.survivors[first][2][:2]]
     on_other_list = plain.ed25519(honest.seeds[liar], "survivors", spec.context, plain.messagepack(other_list))
     committed, sealed = sharing[5], sharing[6]
 
@@ -728,7 +770,7 @@ def hostile_to_coordinator(honest: Honest) -> list[CoordinatorCase]:
     return [
         ("trailing byte", keys, [], liar, [raw + b"\x00"], malformed),
         ("array in a longer form", keys, [], liar, [b"\xdc\x00\x06" + raw[1:]], malformed),
-        ("message of the coordinator", keys, [], liar, bytes_of(honest.keys), malformed),
+        ("message of the coordinator", keys, [], liar, bytes_of(honest.keys[first]), malformed),
         ("wrong context", keys, [], liar, other_context, unexpected),
         ("sender that the connection is not of", keys, [], first, [raw], failed),
         (
@@ -779,7 +821,7 @@ def hostile_to_coordinator(honest: Honest) -> list[CoordinatorCase]:
             lists,
             others,
             liar,
-            bytes_of(honest.signed(honest.signatures[liar], f4=on_other_list)),
+            bytes_of(honest.signed(honest.agreed[liar], f4=on_other_list)),
             failed,
         ),
         ("wrong share", end, others, liar, answered(f4=[[first, wrong], *seeds[1:]]), failed),
@@ -787,6 +829,293 @@ def hostile_to_coordinator(honest: Honest) -> list[CoordinatorCase]:
         ("short share", end, others, liar, answered(f4=[[first, seeds[0][1][:32]], *seeds[1:]]), malformed),
         ("share missing", end, others, liar, answered(f4=seeds[1:]), malformed),
         ("both shares of a survivor", end, others, liar, answered(f5=both), malformed),
+    ]
+
+
+# --- hostile messages on the sparse graph ---
+
+OTHER_CONTEXT = sha256(b"another context").digest()
+
+
+def out_of_place(
+    liar: str, to_sites: list[tuple[str, str, list]], to_coordinator: list[tuple[str, str, Frames]]
+) -> tuple[list[SiteCase], list[CoordinatorCase]]:
+    """Cases of messages that have no place in their phase."""
+    code = "unexpected-message"
+    return (
+        [(name, phase, bytes_of(message), code) for name, phase, message in to_sites],
+        [(name, phase, [], liar, frames, code) for name, phase, frames in to_coordinator],
+    )
+
+
+def messages_of_the_sparse_graph(honest: Honest) -> tuple[list[SiteCase], list[CoordinatorCase]]:
+    """Messages that have no place in a round on the complete graph."""
+    spec, me, liar = honest.spec, honest.names[0], honest.names[-1]
+    context, signed = spec.context, honest.sites[liar].sign
+    positions = spec.positions(name for name in honest.names if name != liar)
+    inclusion, acknowledgement = signed("inclusion", positions), signed("acknowledgement", positions)
+    advertisement = signed("sparse-advertisement", *honest.advertisements[liar][4:], positions)
+    masked = signed("sparse-input", *honest.inputs[liar][4:], inclusion)
+    delivery, receipt = honest.deliveries[me], honest.receipts[me]
+    to_sites = [
+        ("sparse keys", "AwaitingCohortKeys", ["sparse-keys", context, [advertisement]]),
+        ("sparse delivery", "AwaitingShares", ["sparse-delivery", *delivery[1:], [2, 3]]),
+        ("sparse survivors", "AwaitingSurvivors", ["sparse-survivors", context, [inclusion]]),
+        ("acknowledgement list", "AwaitingUnmaskRequest", ["acknowledgement-list", context, [acknowledgement]]),
+        ("sparse receipt", "AwaitingReceipt", ["sparse-receipt", *receipt[1:], 2, 2]),
+    ]
+    to_coordinator = [
+        ("sparse advertisement", "AdvertisingKeys", bytes_of(advertisement)),
+        ("sparse input", "CollectingMaskedInputs", [*bytes_of(masked), *honest.chunks[liar]]),
+        ("acknowledgement", "CheckingConsistency", bytes_of(acknowledgement)),
+    ]
+    return out_of_place(liar, to_sites, to_coordinator)
+
+
+def messages_of_the_complete_graph(honest: Honest) -> tuple[list[SiteCase], list[CoordinatorCase]]:
+    """Messages that have no place in a round on the sparse graph."""
+    spec, me, liar = honest.spec, honest.names[0], honest.names[-1]
+    context, signed = spec.context, honest.sites[liar].sign
+    survivors = ["survivor-list", context, [[name, plain.input_digest(honest.inputs[name])] for name in honest.inputs]]
+    signature = plain.ed25519(honest.seeds[liar], "survivors", context, plain.messagepack(survivors))
+    advertisement = signed("key-advertisement", *honest.advertisements[liar][4:6])
+    masked = signed("masked-input", *honest.inputs[liar][4:6])
+    delivery, receipt = honest.deliveries[me], honest.receipts[me]
+    to_sites = [
+        ("cohort keys", "AwaitingCohortKeys", ["cohort-keys", context, [advertisement]]),
+        ("share delivery", "AwaitingShares", ["share-delivery", *delivery[1:4]]),
+        ("survivor list", "AwaitingSurvivors", survivors),
+        ("unmask request", "AwaitingAcknowledgements", ["unmask-request", context, [[liar, signature]]]),
+        ("receipt of the complete graph", "AwaitingReceipt", ["round-receipt", *receipt[1:5]]),
+    ]
+    to_coordinator = [
+        ("key advertisement", "AdvertisingKeys", bytes_of(advertisement)),
+        ("masked input", "CollectingMaskedInputs", [*bytes_of(masked), *honest.chunks[liar]]),
+        ("survivor signature", "CheckingConsistency", bytes_of(signed("survivor-signature", signature))),
+    ]
+    return out_of_place(liar, to_sites, to_coordinator)
+
+
+def neighbours_of_the_first(honest: Honest) -> tuple[str, str, list[str], str]:
+    """The first site, a site that it has nothing to do with, its holders, and one of these that did not draw it."""
+    me = honest.names[0]
+    holders = {name: plain.holders_of(honest.spec, item) for name, item in honest.advertisements.items()}
+    stranger = next(name for name in honest.names if name != me and name not in holders[me] and me not in holders[name])
+    return me, stranger, sorted(holders[me]), next(name for name in sorted(holders[me]) if me not in holders[name])
+
+
+def hostile_sparse_keys(honest: Honest) -> list[SiteCase]:
+    """Advertisements that the first site must not believe on the sparse graph."""
+    spec = honest.spec
+    me, stranger, holders, no_dealer = neighbours_of_the_first(honest)
+    phase, malformed, failed, unexpected = (
+        "AwaitingCohortKeys",
+        "malformed-message",
+        "authentication-failed",
+        "unexpected-message",
+    )
+    shown = {item[2]: item for item in honest.keys[me][2]}
+    dealer = next(name for name in shown if name != me and me in plain.holders_of(spec, shown[name]))
+    drawn, own = shown[dealer][6], shown[me][6]
+    missing = next(at for at in range(1, len(spec.cohort) + 1) if at not in drawn and at != spec.position(dealer))
+    others = sorted([*drawn[:1], *drawn[2:], missing])
+
+    def keys(*changed: list, without: Container[str] = ()) -> Frames:
+        items = {**shown, **{item[2]: item for item in changed}}
+        return bytes_of([*honest.keys[me][:2], [items[name] for name in sorted(items) if name not in without]])
+
+    def drew(positions: list[int]) -> Frames:
+        return keys(honest.signed(shown[dealer], f6=positions))
+
+    # The dealer stays a neighbour, though no longer one that this site drew.
+    own_others = sorted({*own, spec.position(stranger)} - {spec.position(dealer)})
+    outsider = plain.signed(bytes(32), [*shown[dealer][:2], "outsider", b"", *shown[dealer][4:]])
+    elsewhere = honest.signed(shown[dealer], f1=OTHER_CONTEXT)
+    too_many = sorted([*drawn, missing])
+    itself = sorted([*drawn[:1], *drawn[2:], spec.position(dealer)])
+    return [
+        ("holders changed after signing", phase, keys([*shown[dealer][:6], others]), failed),
+        ("own advertisement with another holder", phase, keys([*shown[me][:6], own_others]), failed),
+        ("own advertisement missing", phase, keys(without=[me, no_dealer]), "threshold-not-met"),
+        ("a holder too few", phase, drew([drawn[0], *drawn[2:]]), malformed),
+        ("a holder too many", phase, drew(too_many), malformed),
+        ("a holder repeated", phase, drew([drawn[0], drawn[0], *drawn[2:]]), malformed),
+        ("holders out of order", phase, drew(drawn[::-1]), malformed),
+        ("a site as its own holder", phase, drew(itself), malformed),
+        ("a holder before the cohort", phase, drew([0, drawn[0], *drawn[2:]]), malformed),
+        ("a holder beyond the cohort", phase, drew([drawn[0], *drawn[2:], len(spec.cohort) + 1]), malformed),
+        ("a site that is no neighbour", phase, keys(honest.advertisements[stranger]), unexpected),
+        ("a site outside the cohort", phase, keys(outsider), unexpected),
+        ("too few holders who advertised", phase, keys(without=holders[spec.threshold - 1 :]), "threshold-not-met"),
+        ("an advertisement of another context", phase, keys(elsewhere), failed),
+    ]
+
+
+def hostile_sparse_deliveries(honest: Honest) -> list[SiteCase]:
+    """Deliveries that the first site must not take on the sparse graph."""
+    spec = honest.spec
+    me, stranger, holders, no_dealer = neighbours_of_the_first(honest)
+    phase, malformed = "AwaitingShares", "malformed-message"
+    tag, context, committed, sealed, sharers = honest.deliveries[me]
+
+    def delivery(positions: list[int], *more: str, among: Container[str] = spec.cohort) -> Frames:
+        """With these sharers, with more dealers, and of the true ones those ``among`` some only."""
+        fields = [[*field, *([name, bytes(size)] for name in more)] for field, size in ((committed, 64), (sealed, 82))]
+        return bytes_of(
+            [tag, context, *(sorted(pair for pair in field if pair[0] in among) for field in fields), positions]
+        )
+
+    few = holders[: spec.threshold - 1]
+    return [
+        ("a sharer that is no holder", phase, delivery(sorted([*sharers, spec.position(stranger)])), malformed),
+        ("the site among its holders", phase, delivery(sorted([*sharers, spec.position(me)])), malformed),
+        ("a sharer beyond the cohort", phase, delivery([*sharers, len(spec.cohort) + 1]), malformed),
+        ("a sharer repeated", phase, delivery([sharers[0], *sharers]), malformed),
+        ("sharers out of order", phase, delivery(sharers[::-1]), malformed),
+        ("too few holders who shared", phase, delivery(spec.positions(few), among=few), "threshold-not-met"),
+        ("shares of a site that is no neighbour", phase, delivery(sharers, stranger), "unexpected-message"),
+        ("shares of a holder that is no dealer", phase, delivery(sharers, no_dealer), "unexpected-message"),
+    ]
+
+
+def hostile_statements(honest: Honest) -> list[SiteCase]:
+    """Inclusions and acknowledgements that the first site must refuse."""
+    spec = honest.spec
+    me, stranger, _, no_dealer = neighbours_of_the_first(honest)
+    malformed, failed, inconsistent = "malformed-message", "authentication-failed", "inconsistent-survivors"
+    stated = {name: message[6] for name, message in honest.inputs.items()}
+    cases: list[SiteCase] = []
+    for phase, what, shown, strangers in (
+        (
+            "AwaitingSurvivors",
+            "inclusion",
+            honest.survivors[me],
+            {"neighbour": stated[stranger], "dealer": stated[no_dealer]},
+        ),
+        ("AwaitingAcknowledgements", "acknowledgement", honest.requests[me], {"neighbour": honest.agreed[stranger]}),
+    ):
+        first, second, *rest = shown[2]
+        about_others = honest.signed(first, f4=[at for at in first[4] if at != spec.position(me)])
+        outsider = plain.signed(bytes(32), [*first[:2], "outsider", b"", first[4]])
+        changed = {
+            "not about the site": ([about_others, second, *rest], inconsistent),
+            "changed after signing": ([[*first[:4], first[4][:-1]], second, *rest], failed),
+            "forged": ([[*first[:3], flipped(first[3]), first[4]], second, *rest], failed),
+            "signed by another site": ([[*first[:3], second[3], first[4]], second, *rest], failed),
+            "of another context": ([honest.signed(first, f1=OTHER_CONTEXT), second, *rest], failed),
+            "repeated": ([first, first, second, *rest], malformed),
+            "out of order": ([second, first, *rest], malformed),
+            "of a site outside the cohort": (
+                sorted([first, second, *rest, outsider], key=lambda item: item[2]),
+                inconsistent,
+            ),
+        }
+        for who, statement in strangers.items():
+            items = sorted([first, second, *rest, statement], key=lambda item: item[2])
+            changed[f"of a site that is no {who}"] = (items, inconsistent)
+        cases += [
+            (f"{what} {how}", phase, bytes_of([*shown[:2], items]), code) for how, (items, code) in changed.items()
+        ]
+    request = honest.requests[me]
+    few = [*request[:2], request[2][: spec.threshold - 1]]
+    return [
+        *cases,
+        ("too few acknowledgements", "AwaitingAcknowledgements", bytes_of(few), "threshold-not-met"),
+        ("no acknowledgements", "AwaitingAcknowledgements", bytes_of([*request[:2], []]), "threshold-not-met"),
+        ("other statements", "AwaitingAcknowledgements", bytes_of(honest.survivors[me]), "unexpected-message"),
+        ("second acknowledgement list", "AwaitingReceipt", bytes_of(request), "unexpected-message"),
+    ]
+
+
+def hostile_sparse_receipts(honest: Honest) -> list[SiteCase]:
+    """Receipts that the first site must refuse on the sparse graph."""
+    receipt = honest.receipts[honest.names[0]]
+    fewest = honest.spec.minimum_survivors - 1
+    changed = {
+        "canary of another sum": {3: receipt[3] + 1},
+        "receipt for too few survivors": {2: fewest, 3: fewest},
+        "receipt of another graph": {5: receipt[5] + 2},
+        "receipt of another threshold": {6: receipt[6] + 1},
+    }
+    return [
+        (
+            name,
+            "AwaitingReceipt",
+            bytes_of([fields.get(place, value) for place, value in enumerate(receipt)]),
+            "inconsistent-survivors",
+        )
+        for name, fields in changed.items()
+    ]
+
+
+def hostile_sparse_to_coordinator(honest: Honest) -> list[CoordinatorCase]:
+    """What the coordinator must refuse of the last site on the sparse graph."""
+    spec, liar = honest.spec, honest.names[-1]
+    first = honest.names[0]
+    malformed, failed = "malformed-message", "authentication-failed"
+    keys, secrets, sums, lists, end = plain.PHASES
+    advertisement, sharing, masked = honest.advertisements[liar], honest.shares[liar], honest.inputs[liar]
+    drawn, inclusion = advertisement[6], masked[6]
+    (no_holder,) = set(range(1, len(spec.cohort))) - set(drawn)
+    no_holder_name = spec.cohort[no_holder - 1]
+    agreed, answer = honest.agreed[liar], honest.answers[liar]
+    seeds, mask_keys = answer[4], answer[5]
+    gone = spec.position(mask_keys[0][0])
+    seed_share_of_gone = [mask_keys[0][0], honest.sites[liar].held[mask_keys[0][0]][1]]
+
+    def drew(positions: list[int]) -> Frames:
+        return bytes_of(honest.signed(advertisement, f6=positions))
+
+    def dealt(field: int, size: int) -> list:
+        return sorted([*sharing[field], [no_holder_name, bytes(size)]])
+
+    def included(statement: list) -> Frames:
+        return [*bytes_of(honest.signed(masked, f6=statement)), *honest.chunks[liar]]
+
+    def stated(positions: list[int]) -> Frames:
+        return included(honest.signed(inclusion, f4=positions))
+
+    def acknowledged(positions: list[int]) -> Frames:
+        return bytes_of(honest.signed(agreed, f4=positions))
+
+    def answered(**changes: Any) -> Frames:
+        return bytes_of(honest.signed(answer, **changes))
+
+    cases = [
+        ("a holder too few", keys, drew(drawn[1:]), malformed),
+        ("a holder repeated", keys, drew([drawn[0], drawn[0], *drawn[2:]]), malformed),
+        ("holders out of order", keys, drew(drawn[::-1]), malformed),
+        ("itself as holder", keys, drew([*drawn[1:], spec.position(liar)]), malformed),
+        ("a holder before the cohort", keys, drew([0, *drawn[1:]]), malformed),
+        ("a holder beyond the cohort", keys, drew([*drawn[1:], len(spec.cohort) + 1]), malformed),
+        (
+            "holders changed after signing",
+            keys,
+            bytes_of([*advertisement[:6], sorted([*drawn[1:], no_holder])]),
+            failed,
+        ),
+        ("holder missing", secrets, bytes_of(honest.signed(sharing, f5=sharing[5][1:], f6=sharing[6][1:])), malformed),
+        (
+            "shares for no holder",
+            secrets,
+            bytes_of(honest.signed(sharing, f5=dealt(5, 64), f6=dealt(6, 82))),
+            malformed,
+        ),
+        ("inclusion of another site", sums, included(honest.inputs[first][6]), failed),
+        ("inclusion of another context", sums, included(honest.signed(inclusion, f1=OTHER_CONTEXT)), failed),
+        ("forged inclusion", sums, included([*inclusion[:3], flipped(inclusion[3]), inclusion[4]]), failed),
+        ("inclusion without a holder", sums, stated(inclusion[4][1:]), malformed),
+        ("inclusion with no holder", sums, stated(sorted([*inclusion[4], no_holder])), malformed),
+        ("acknowledgement without a survivor", lists, acknowledged(agreed[4][1:]), malformed),
+        ("acknowledgement of a dropout", lists, acknowledged(sorted([*agreed[4], gone])), malformed),
+        ("acknowledgement out of order", lists, acknowledged(agreed[4][::-1]), malformed),
+        ("seed share of a dropout", end, answered(f4=sorted([*seeds, seed_share_of_gone])), malformed),
+        ("mask-key share missing", end, answered(f5=[]), malformed),
+    ]
+    twice = [*bytes_of(honest.inputs[first]), *honest.chunks[first]]
+    return [
+        *((name, phase, [], liar, frames, code) for name, phase, frames, code in cases),
+        ("sparse input twice", sums, [first], first, twice, "duplicate-message"),
     ]
 
 
