@@ -446,8 +446,8 @@ def test_messages_of_the_complete_graph() -> None:
     [
         ({"canary": 11}, "12 survivors with canary 11"),
         ({"survivors": 6, "canary": 6}, "at least 7"),
-        ({"neighbours": 6}, "a graph of 6 neighbours, expected 8"),
-        ({"threshold": 5}, "a graph of 8 neighbours"),
+        ({"neighbours": 6}, "6 neighbours and threshold 6, expected 8 and 6"),
+        ({"threshold": 5}, "8 neighbours and threshold 5, expected 8 and 6"),
     ],
 )
 def test_a_receipt_that_lies(changes: dict[str, int], text: str) -> None:
