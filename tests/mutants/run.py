@@ -72,7 +72,7 @@ def survives(mutant: Mutant) -> bool:
             else:
                 shutil.copy(source, root / name)
         (root / mutant.file).write_text(mutant.source)
-        command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", *TESTS]
+        command = [sys.executable, "-m", "pytest", "-q", "-x", "-m", "not slow", "-p", "no:cacheprovider", *TESTS]
         done = subprocess.run(command, cwd=root, capture_output=True, text=True, check=False)
     if done.returncode not in (0, 1):
         raise SystemExit(f"{mutant.file}:{mutant.line}: the tests did not run\n{done.stdout[-2000:]}{done.stderr}")
