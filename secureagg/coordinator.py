@@ -572,5 +572,7 @@ SPARSE: Final[_Collectors] = {
     (Unmasking, UnmaskShares): Coordinator._collect_unmask_shares,
 }
 
-# Phase by name, in order -> the message by whose absence it is noticed that a site has stopped answering.
-MESSAGE_OF_PHASE: Final[dict[str, type]] = {phase.__name__: message for phase, message in COMPLETE}
+# Phase by name, in order -> the messages, one for each graph, by whose absence it shows that a site stopped answering.
+MESSAGE_OF_PHASE: Final[dict[str, tuple[type, type]]] = {
+    phase.__name__: (complete, sparse) for (phase, complete), (_, sparse) in zip(COMPLETE, SPARSE, strict=True)
+}

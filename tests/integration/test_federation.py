@@ -11,9 +11,11 @@ from support.federation import PATIENT, QUICK, ChangedUpload, Tampering, Togethe
 
 from secureagg import ParameterError, ShapeMismatch, ValueOutOfRange
 from secureagg.messages import (
+    Acknowledgement,
     EncryptedShares,
     KeyAdvertisement,
     MaskedInput,
+    SparseInput,
     SurvivorSignature,
     ToCoordinator,
     UnmaskShares,
@@ -86,6 +88,24 @@ def test_a_machine_fails(tmp_path, message: type[ToCoordinator], phase: str, in_
     assert together.errors.keys() <= {"d"}
     survivors = ["abcd", "abcd" if in_the_sum else "abc", "abc"]
     assert ["".join(record.survivors) for record in together.records] == [*survivors, "abc"]
+    assert [record.dropped for record in together.records] == [{}, {"d": phase}, {}, {}]
+    assert_model(together, survivors)
+
+
+@pytest.mark.parametrize(
+    ("message", "phase", "in_the_sum"),
+    [(SparseInput, "CollectingMaskedInputs", False), (Acknowledgement, "CheckingConsistency", True)],
+)
+def test_a_machine_fails_on_the_sparse_graph(
+    tmp_path, message: type[ToCoordinator], phase: str, in_the_sum: bool
+) -> None:
+    """A consortium that asks for the sparse graph trains on it, and survives a site that falls silent."""
+    policy = msgspec.structs.replace(POLICY, graph="sparse", max_corrupt=0, minimum_cohort=7, dropout_percent=20)
+    together = Together(tmp_path, names="abcdefgh", rounds=3, fails={"d": (message, 2)}, policy=policy).run()
+    assert together.failure is None
+    assert together.errors.keys() <= {"d"}
+    survivors = ["abcdefgh", "abcdefgh" if in_the_sum else "abcefgh", "abcefgh"]
+    assert ["".join(record.survivors) for record in together.records] == [*survivors, "abcefgh"]
     assert [record.dropped for record in together.records] == [{}, {"d": phase}, {}, {}]
     assert_model(together, survivors)
 

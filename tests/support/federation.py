@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import save
 
 from secureagg import codec
-from secureagg.messages import MaskedInput, ToCoordinator
+from secureagg.messages import KeyAdvertisement, MaskedInput, ToCoordinator
 from sites import control
 from sites.config import OpenSite, open_site
 from sites.coordinator_loop import CoordinatorLoop, RoundRecord
@@ -64,7 +64,7 @@ class SilentFrom:
         """Send unless the machine has failed, or fails now."""
         if frames[0] == control.ROUND:
             sent = codec.decode_from_site([bytes(frame) for frame in frames[1:]], streamed=True)
-            self._rounds_left -= type(sent).__name__ == "KeyAdvertisement"
+            self._rounds_left -= isinstance(sent, KeyAdvertisement)
             self.dead |= self._rounds_left <= 0 and isinstance(sent, self._message)
         if not self.dead:
             self._endpoint.send(peer, frames)
