@@ -28,6 +28,7 @@ from secureagg import (
 )
 from secureagg import codec as round_codec
 from secureagg.lanes import WEIGHT
+from secureagg.messages import RoundFailed
 from secureagg.phases import Aborted, CollectingMaskedInputs, CoordinatorFinished
 from sites import control
 from sites.control import FederationOver, Purpose, Refused, StartRound, Withdraw
@@ -289,11 +290,12 @@ class CoordinatorLoop:
         return outbound
 
     def _deliver(self, machine: Coordinator, record: RoundRecord, outbound: Iterable[Outbound]) -> None:
-        unreachable = [
-            item.recipient
-            for item in outbound
-            if not self._send(item.recipient, [control.ROUND, *round_codec.encode(item.message)])
-        ]
+        unreachable = []
+        for item in outbound:
+            if isinstance(item.message, RoundFailed):  # of a round that goes on: this site cannot be recovered
+                self._note_dropped(machine, record, [item.recipient])
+            if not self._send(item.recipient, [control.ROUND, *round_codec.encode(item.message)]):
+                unreachable.append(item.recipient)
         self._give_up(machine, record, unreachable)
 
     def _give_up(self, machine: Coordinator, record: RoundRecord, sites: Iterable[SiteId]) -> None:
