@@ -20,7 +20,7 @@ from secureagg.graph import (
 )
 
 # n, colluding, dropouts, bits of security and of correctness: here the planner's steps come near to what it may risk.
-COARSE = [(50, 7, 5, 3), (50, 9, 5, 4), (50, 11, 5, 6), (80, 13, 16, 4), (100, 13, 25, 3), (100, 19, 10, 5)]
+COARSE = [(60, 14, 6, 6), (80, 10, 16, 5), (80, 8, 8, 3), (100, 12, 20, 3), (100, 18, 10, 3), (100, 4, 10, 4)]
 
 
 def plan(n: int, corrupt: int, dropouts: int, **options: int | bool) -> Neighbourhood:
