@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import save
 
+from dp.ledger import read_ledger, verify
 from sites import cli
 from sites.demo import free_port
 from sites.keys import load_keys
@@ -143,7 +144,9 @@ def test_a_whole_consortium_by_its_commands(consortium: Path) -> None:
     assert "finished; the model is state/model.safetensors" in outputs["sum"][0]
     assert re.search(r"finished; 199 patients, epsilon 0\.99\d|1\.000 spent so far", outputs["cleveland"][0])
     assert (consortium / "state" / "model.safetensors").stat().st_size > 0
-    assert len((consortium / "cleveland" / "ledger.jsonl").read_text().splitlines()) == 2
+    found = verify(read_ledger(consortium / "cleveland" / "ledger.sqlite"))
+    found.check("ledger")
+    assert [entry["kind"] for entry in found.entries] == ["open", *["reserve", "commit", "sent"] * 2]
 
 
 def test_show(run: Run, consortium: Path) -> None:
