@@ -13,7 +13,7 @@ The rows are chained and signed (``dp.chain``) in one SQLite file, whose transac
 import json
 import secrets
 import sqlite3
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager, suppress
 from dataclasses import asdict, dataclass, fields
 from datetime import UTC, datetime
@@ -40,6 +40,7 @@ __all__ = [
     "restore",
     "verify",
     "verify_export",
+    "write_export",
 ]
 
 BUSY_SECONDS: Final = 60.0
@@ -287,7 +288,7 @@ class Ledger:
         """Write all rows as JSON Lines, for ``verify_export`` elsewhere; the outbox stays here."""
         with self._transaction("DEFERRED"):
             rows = self._rows()
-        path.write_text("".join(json.dumps(asdict(row), sort_keys=True) + "\n" for row in rows))
+        write_export(path, rows)
 
     # --- the file ---
 
@@ -438,7 +439,7 @@ class Ledger:
 
 
 def read_ledger(path: Path) -> list[Row]:
-    """The rows of a ledger's file, unchecked, without writing anything; LedgerUnavailable or LedgerTampered if it has
+    """The rows of a ledger's file, unchecked, without changing it; LedgerUnavailable or LedgerTampered if it has
     none."""
     # A file that no program has open may lie where nothing can be written.
     whole = not path.with_name(f"{path.name}-wal").exists()
@@ -450,6 +451,14 @@ def read_ledger(path: Path) -> list[Row]:
         if isinstance(error, sqlite3.OperationalError) and error.sqlite_errorcode != sqlite3.SQLITE_ERROR:
             raise LedgerUnavailable(f"ledger {path}: {error}, expected a ledger that can be read") from error
         raise LedgerTampered(f"ledger {path}: {error}, expected the SQLite file that was written") from error
+
+
+def write_export(path: Path, rows: Iterable[Row]) -> None:
+    """Write rows as JSON Lines; LedgerUnavailable if that fails."""
+    try:
+        path.write_text("".join(json.dumps(asdict(row), sort_keys=True) + "\n" for row in rows))
+    except OSError as error:
+        raise LedgerUnavailable(f"export {path}: {error.strerror}, expected a file that can be written") from error
 
 
 def read_export(path: Path) -> list[Row]:
