@@ -15,14 +15,13 @@ from pathlib import Path
 import msgspec
 import numpy as np
 
-from dp.ledger import Ledger
 from secureagg.testing import CountingEntropy, run_round
 from sites.datasets.heart import Hospital, load_hospitals
 from sites.evaluation import Metrics, evaluate_scores
 from sites.manifest import Privacy
 from sites.model_state import ModelSpec
 from sites.recipe import ENCODING, EVALUATION, PRIVACY, TRAINING
-from sites.reference import pool, train_alone, train_pooled
+from sites.reference import pool, throwaway_ledger, train_alone, train_pooled
 from sites.server_optimizer import ServerOptimizer
 from sites.trainer import LocalTrainer, heart_model, initial_heart_model, predict
 
@@ -38,7 +37,7 @@ def federated(hospitals: dict[str, Hospital], privacy: Privacy, seed: int) -> tu
                 data=hospital,
                 training=TRAINING,
                 privacy=privacy,
-                ledger=Ledger(Path(folder) / f"{name}.jsonl") if privacy.mode == "local" else None,
+                ledger=throwaway_ledger(hospital, Path(folder)) if privacy.mode == "local" else None,
                 entropy=CountingEntropy(f"{seed}-{name}".encode()),
             )
             for name, hospital in hospitals.items()

@@ -21,6 +21,24 @@ class LedgerTampered(PrivacyError):
     code = "ledger-tampered"
 
 
+class LedgerMismatch(PrivacyError):
+    """The record of releases is of other data, another unit or another site."""
+
+    code = "ledger-mismatch"
+
+
+class LedgerUnavailable(PrivacyError):
+    """The record of releases cannot be read or written; nothing that depends on it happened."""
+
+    code = "ledger-unavailable"
+
+
+class ReservationMisused(PrivacyError):
+    """One reservation stands for one draw of the noise; a second one was about to be given out under it."""
+
+    code = "reservation-misused"
+
+
 class UnsupportedEvent(PrivacyError, ValueError):
     """A mechanism, a model or data for which no guarantee can be given."""
 

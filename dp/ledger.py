@@ -1,123 +1,537 @@
 """A site's durable record of what it has released from its data.
 
-One line of JSON per release, each with the SHA-256 of the line before it, appended and flushed to the disk BEFORE the
-data is sampled: whatever happens afterwards, the record says the truth or more.  It belongs to the data, not to a run:
-a new run, model, consortium or process continues it.
+It belongs to the data, not to a run: a new run, model, consortium or process continues it.  The life of a release is
+reserve (on the disk BEFORE the data is sampled) -> train -> commit (with the hash of the update, and the update itself
+in the outbox) -> send -> sent.  Whatever happens in between, the record says the truth or more: a reservation counts
+as spent, whether an update came of it or not.  A round that is asked again gets the update that is in the outbox, byte
+for byte; one whose update is no longer kept is refused, and one that was only reserved needs a reservation of its own.
+So no reservation ever stands for two draws of the noise, and no released round has two.
+
+The rows are chained and signed (``dp.chain``) in one SQLite file, whose transactions are on the disk when they end.
 """
 
-import fcntl
 import json
-import os
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+import secrets
+import sqlite3
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import closing, contextmanager, suppress
+from dataclasses import asdict, dataclass, fields
+from datetime import UTC, datetime
 from hashlib import sha256
 from pathlib import Path
-from typing import IO, Any, Final
+from types import TracebackType
+from typing import Any, Final, Literal, Self
 
-from dp.errors import LedgerTampered, UnsupportedEvent
+from dp.chain import FORMAT, GENESIS, Entry, Kind, Row, Signer, Verification, Verifier, new_row, verify
+from dp.errors import LedgerMismatch, LedgerTampered, LedgerUnavailable, ReservationMisused
 from dp.events import PoissonSampledGaussian
 
-_GENESIS: Final = "0" * 64
+__all__ = [
+    "Claim",
+    "Committed",
+    "Ledger",
+    "Release",
+    "Reservation",
+    "Row",
+    "Signer",
+    "Verification",
+    "read_export",
+    "read_ledger",
+    "restore",
+    "verify",
+    "verify_export",
+    "write_export",
+]
+
+BUSY_SECONDS: Final = 60.0
+_SCHEMA: Final = {
+    "outbox": "CREATE TABLE outbox (reservation INTEGER PRIMARY KEY, content BLOB NOT NULL)",
+    "rows": (
+        "CREATE TABLE rows (sequence INTEGER PRIMARY KEY, previous TEXT NOT NULL, body TEXT NOT NULL, "
+        "hash TEXT NOT NULL, signature TEXT NOT NULL)"
+    ),
+}
+_COLUMNS: Final = "sequence, previous, body, hash, signature"
+_MECHANISMS: Final = {kind.__name__: kind for kind in (PoissonSampledGaussian,)}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Release:
-    """One entry: which round of which run it was for, and what it was."""
+    """What a site is about to release: which round of which run it is for, and what its mechanism is.
+
+    ``model_sha256``: of the model that training starts from; ``manifest_sha256``: of the consortium's rules;
+    ``cohort``: sites in the round; ``threshold`` and ``max_corrupt``: of the secure sum; ``clip_norm``: bound on one
+    unit's gradient; ``neighbouring``: what neighbouring data sets differ by.  None: not known to the caller.
+    """
 
     run: str
     round_number: int
     event: PoissonSampledGaussian
+    purpose: str = "train"
+    unit: str = "patient"
+    neighbouring: str = "add or remove one"
+    consortium: str | None = None
+    library_version: str | None = None
+    model_sha256: str | None = None
+    manifest_sha256: str | None = None
+    cohort: int | None = None
+    threshold: int | None = None
+    max_corrupt: int | None = None
+    clip_norm: float | None = None
+    random_generator: str | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Claim:
+    """What a release was said to cost when it was decided on: ``epsilon`` alone, ``cumulative_epsilon`` with everything
+    before it, both at ``delta``, of ``budget_epsilon``; inf where no finite one holds.  ``refused``: why, or None."""
+
+    delta: float
+    epsilon: float
+    cumulative_epsilon: float
+    budget_epsilon: float
+    refused: str | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Reservation:
+    """The row that admits one draw of the noise for one ``release``."""
+
+    sequence: int
+    release: Release
+    claim: Claim
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Committed:
+    """An update that is finished and not known to be sent; ``reservation``: number of the row that admitted it."""
+
+    reservation: int
+    release: Release
+    update_sha256: str
 
 
 class Ledger:
-    """The releases in one file, which is read and verified when opened, and created with the first reservation."""
+    """The releases from one data set, in one file, which is verified when opened and created if it is not there.
 
-    def __init__(self, path: Path) -> None:
-        """Raise LedgerTampered, naming file and line, unless each line is as it was written, in its place.
+    Several processes may have one file open; an object belongs to the thread that made it.
+    """
 
-        A last line without its end is a reservation that a crash interrupted before anything was sampled; it is cut
-        off.
+    def __init__(
+        self,
+        path: Path,
+        *,
+        dataset: str,
+        site: str,
+        signer: Signer,
+        unit: str = "patient",
+        clock: Callable[[], datetime] = lambda: datetime.now(UTC),
+    ) -> None:
+        """``dataset``: fingerprint of the training data (SHA-256, hexadecimal); ``unit``: of privacy; ``site``: its
+        name; ``signer``: its identity.
+
+        Raises LedgerTampered, naming file and row, unless each row is as it was written and in its place,
+        LedgerMismatch if the ledger is of other data, another unit or another site, and LedgerUnavailable if it cannot
+        be read.
         """
         self._path = path
-        self._head = _GENESIS
-        self._releases: list[Release] = []
-        if path.exists():
-            with self._locked():
-                pass
+        self._signer = signer
+        self._clock = clock
+        self._verifier = Verifier()
+        self._opening: Entry = {}
+        self._reserved: dict[int, Release] = {}
+        self._released: dict[tuple[str, int, str | None], int] = {}
+        self._unsent: dict[int, Committed] = {}
+        self._own: set[int] = set()
+        opening = {"dataset": dataset, "unit": unit, "site": site, "public_key": signer.public_key.hex()}
+        with self._reported():
+            self._database = sqlite3.connect(path, timeout=BUSY_SECONDS, isolation_level=None)
+        try:
+            self._open(opening)
+        except BaseException:
+            self.close()
+            raise
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Close the file."""
+        self._database.close()
 
     @property
     def releases(self) -> tuple[Release, ...]:
-        """All entries, oldest first."""
-        return tuple(self._releases)
+        """Everything that is reserved, and so counts as released, oldest first."""
+        return tuple(self._reserved.values())
 
     @property
     def events(self) -> tuple[PoissonSampledGaussian, ...]:
-        """What all entries cost."""
-        return tuple(release.event for release in self._releases)
+        """What all of it cost."""
+        return tuple(release.event for release in self._reserved.values())
+
+    @property
+    def unsent(self) -> tuple[Committed, ...]:
+        """The updates that are in the outbox, oldest first."""
+        return tuple(self._unsent.values())
 
     @property
     def head(self) -> str:
-        """SHA-256 of the last line, in hexadecimal: note it elsewhere, and a removed tail shows."""
-        return self._head
+        """Hash of the last row, in hexadecimal: note it elsewhere, and a removed tail shows."""
+        last = self._verifier.last
+        return GENESIS if last is None else last.hash
 
-    def reserve(self, release: Release, *, check: Callable[[], None] = lambda: None) -> None:
-        """Record ``release``; when this returns it is on the disk and counts as spent, used or not.
+    def refresh(self) -> None:
+        """Read what other processes have written since."""
+        with self._transaction("DEFERRED"):
+            pass
 
-        The file is locked meanwhile and read again, so that what other processes have booked is known.  ``check`` is
-        called then, and may raise to refuse the release.
+    def reserve(self, release: Release, judge: Callable[[Sequence[Release]], Claim]) -> Reservation:
+        """Record ``release`` as spent, or as refused, by what ``judge`` makes of it and of everything before it.
+
+        When this returns the row is on the disk.  No other process can write meanwhile, so that two never both get what
+        the budget has only once.  For ``BudgetGuard``, which is what decides.
         """
-        new = not self._path.exists()
-        with self._locked() as file:
-            check()
-            line = self._line(release)
-            file.write(line)
-            file.flush()
-            os.fsync(file.fileno())
-            self._head = sha256(line).hexdigest()
-            self._releases.append(release)
-        if new:
-            folder = os.open(self._path.parent, os.O_RDONLY)
-            try:
-                os.fsync(folder)
-            finally:
-                os.close(folder)
+        # Stops a release that protects something else than what this ledger counts.
+        if release.unit != self._opening["unit"]:
+            raise LedgerMismatch(f"{self._who}: a release per {release.unit}, expected one per {self._opening['unit']}")
+        with self._transaction("IMMEDIATE"):
+            claim = judge(self.releases)
+            row = self._append("reserve", {**_release_fields(release), **_claim_fields(claim)})
+        self._take(row)
+        if claim.refused is None:
+            self._own.add(row.sequence)
+        return Reservation(sequence=row.sequence, release=release, claim=claim)
+
+    def commit(self, reservation: Reservation, update: bytes) -> Committed:
+        """Record the hash of the finished ``update`` and keep its bytes; both are on the disk when this returns, and
+        only then may it be sent.
+
+        Earlier updates of the same run are dropped: their rounds are over.  Raises ReservationMisused for a
+        reservation that this object did not make or that has its update, and for a round that has one already.
+        """
+        number, digest = reservation.sequence, sha256(update).hexdigest()
+        # Stops a second draw under one reservation, by this process or by one that was restarted.
+        if number not in self._own:
+            raise ReservationMisused(
+                f"{self._who}: update {digest[:16]}... for row {number}, expected an open reservation that was "
+                "made here; a round that is trained again needs one of its own"
+            )
+        self._own.discard(number)
+        with self._transaction("IMMEDIATE"):
+            # Stops two processes from each releasing an update of their own for one round.
+            if (first := self._released.get(_round_of(reservation.release))) is not None:
+                raise ReservationMisused(
+                    f"{self._who}: update {digest[:16]}... for round {reservation.release.round_number} of run "
+                    f"{reservation.release.run}, which has the one that row {first} admitted"
+                )
+            row = self._append("commit", {"reservation": number, "update_sha256": digest})
+            over = [(number,) for number in self._superseded_by(reservation.release.run)]
+            self._database.executemany("DELETE FROM outbox WHERE reservation = ?", over)
+            self._database.execute("INSERT INTO outbox VALUES (?, ?)", (number, update))
+        self._take(row)
+        return self._unsent[number]
+
+    def committed(self, *, run: str, round_number: int, model_sha256: str | None) -> Committed | None:
+        """The update that is in the outbox for this round from this model, or None if it never had one.
+
+        Raises ReservationMisused if it had one that is no longer kept: it was sent, or a later round took its place.
+        """
+        self.refresh()
+        number = self._released.get((run, round_number, model_sha256))
+        if number is None:
+            return None
+        # Stops a second draw of the noise for a round that was released: the mean of two has less of it.
+        if number not in self._unsent:
+            raise ReservationMisused(
+                f"{self._who}: round {round_number} of run {run} was released by row {number} and its update is no "
+                "longer kept; a released round is not trained again"
+            )
+        return self._unsent[number]
+
+    def update(self, committed: Committed) -> bytes:
+        """The bytes that were committed, to be sent again; LedgerTampered if they are gone or others."""
+        with self._reported():
+            found = self._database.execute(
+                "SELECT content FROM outbox WHERE reservation = ?", (committed.reservation,)
+            ).fetchone()
+        content = found[0] if found is not None and isinstance(found[0], bytes) else b""
+        digest, expected = sha256(content).hexdigest(), committed.update_sha256
+        # Stops an update that was exchanged on the disk.
+        if digest != expected:
+            raise LedgerTampered(
+                f"{self._who}, outbox of row {committed.reservation}: {len(content)} bytes with SHA-256 "
+                f"{digest[:16]}..., expected the update with {expected[:16]}..."
+            )
+        return content
+
+    def mark_sent(self, committed: Committed) -> None:
+        """Record that an update went out, and delete its bytes; nothing happens if that was done before."""
+        with self._transaction("IMMEDIATE"):
+            if committed.reservation not in self._unsent:
+                return
+            row = self._append("sent", {"reservation": committed.reservation})
+            self._database.execute("DELETE FROM outbox WHERE reservation = ?", (committed.reservation,))
+        self._take(row)
+
+    def record(self, kind: Literal["audit", "note"], content: Entry) -> None:
+        """Add a row that costs nothing: the result of an audit, or what somebody wants to be found here."""
+        with self._transaction("IMMEDIATE"):
+            row = self._append(kind, {"content": content})
+        self._take(row)
+
+    def export(self, path: Path) -> None:
+        """Write all rows as JSON Lines, for ``verify_export`` elsewhere; the outbox stays here."""
+        with self._transaction("DEFERRED"):
+            rows = self._rows()
+        write_export(path, rows)
+
+    # --- the file ---
+
+    @property
+    def _who(self) -> str:
+        return f"ledger {self._path}"
+
+    def _open(self, expected: dict[str, str]) -> None:
+        with self._reported():
+            (mode,) = self._database.execute("PRAGMA journal_mode=WAL").fetchone()
+            self._database.execute("PRAGMA synchronous=FULL")
+            self._database.text_factory = _text
+        if mode != "wal":
+            raise LedgerUnavailable(f"{self._who}: journal mode {mode}, expected wal; keep it on a local disk")
+        row = None
+        with self._transaction("IMMEDIATE", new=True):
+            if self._verifier.last is None:
+                fields = {**expected, "ledger": secrets.token_hex(16), "format": FORMAT}
+                row = self._append("open", fields)
+        if row is not None:
+            self._take(row)
+        found = {name: self._opening.get(name) for name in expected}
+        # Stops the budget of one data set from being spent on another, and a ledger that another site has written.
+        for name, value in expected.items():
+            if found[name] != value:
+                raise LedgerMismatch(
+                    f"{self._who}: {name.replace('_', ' ')}: found {str(found[name])[:64]}, expected {value}; a ledger "
+                    "is of one data set, one unit, one site"
+                )
 
     @contextmanager
-    def _locked(self) -> Iterator[IO[bytes]]:
-        """The file, open for appending and for this process alone, with what all processes have booked read from it."""
-        with self._path.open("ab") as file:
-            # Stops two processes that each see room for a release which the budget has only once, and one that takes
-            # what another is just writing for the torn line of a crash.
-            fcntl.flock(file, fcntl.LOCK_EX)
-            self._load()
-            yield file
+    def _reported(self) -> Iterator[None]:
+        """Errors of the database as errors of the ledger."""
+        try:
+            yield
+        except sqlite3.OperationalError as error:
+            raise LedgerUnavailable(f"{self._who}: {error}, expected a file that can be read and written") from error
+        except sqlite3.DatabaseError as error:
+            if isinstance(error, sqlite3.ProgrammingError):
+                raise
+            raise LedgerTampered(f"{self._who}: {error}, expected the SQLite file that was written") from error
 
-    def _line(self, release: Release) -> bytes:
-        fields = {"previous": self._head, "mechanism": type(release.event).__name__, **asdict(release)}
-        return json.dumps(fields, sort_keys=True, separators=(",", ":")).encode() + b"\n"
+    @contextmanager
+    def _transaction(self, kind: Literal["IMMEDIATE", "DEFERRED"], *, new: bool = False) -> Iterator[None]:
+        """One transaction that begins with reading what is new; it is on the disk in the end, or has not happened.
 
-    def _load(self) -> None:
-        self._head, self._releases = _GENESIS, []
-        data = self._path.read_bytes()
-        *lines, torn = data.split(b"\n")
-        if torn:
-            with self._path.open("r+b") as file:
-                file.truncate(len(data) - len(torn))
-                os.fsync(file.fileno())
-        for number, line in enumerate(lines, start=1):
+        IMMEDIATE excludes all other writers.  ``new``: the tables are made if the file has none.
+        """
+        with self._reported():
+            self._database.execute(f"BEGIN {kind}")
             try:
-                fields: dict[str, Any] = json.loads(line)
-                release = Release(
-                    run=fields["run"],
-                    round_number=fields["round_number"],
-                    event=PoissonSampledGaussian(**fields["event"]),
-                )
-                same = self._line(release) == line + b"\n"
-            except (ValueError, KeyError, TypeError, OverflowError, RecursionError, UnsupportedEvent) as error:
-                raise LedgerTampered(f"ledger {self._path}, line {number}: not an entry as it was written") from error
-            # Re-encoding repeats the hash of the line before, so an edited, removed or moved line shows here.
-            if not same:
-                raise LedgerTampered(f"ledger {self._path}, line {number}: altered, or not in its place")
-            self._head = sha256(line + b"\n").hexdigest()
-            self._releases.append(release)
+                self._check_tables(new=new)
+                self._read_new()
+                yield
+                self._database.execute("COMMIT")
+            except BaseException:
+                with suppress(sqlite3.Error):  # the error that ended it may have rolled it back
+                    self._database.execute("ROLLBACK")
+                raise
+
+    def _check_tables(self, *, new: bool) -> None:
+        found = dict(self._database.execute("SELECT name, sql FROM sqlite_master"))
+        if new and not found:
+            for statement in _SCHEMA.values():
+                self._database.execute(statement)
+        # Stops triggers that undo what is written, and tables that were taken away and begun anew.
+        elif found != _SCHEMA:
+            differing = sorted(name for name in found.keys() | _SCHEMA.keys() if found.get(name) != _SCHEMA.get(name))
+            raise LedgerTampered(f"{self._who}: {', '.join(differing)} altered, expected the tables rows and outbox")
+        # Stops a ledger whose rows were all removed from passing for a new one.
+        elif self._verifier.last is None and self._database.execute("SELECT count(*) FROM rows").fetchone() == (0,):
+            raise LedgerTampered(f"{self._who}, row 1: is missing: there are no rows")
+
+    def _rows(self, where: str = "1") -> list[Row]:
+        found = self._database.execute(f"SELECT {_COLUMNS} FROM rows WHERE {where} ORDER BY sequence")  # noqa: S608
+        return [_row(values) for values in found]
+
+    def _read_new(self) -> None:
+        """Take the rows behind the last one that is known, which must still be there."""
+        last = self._verifier.last
+        if last is not None:
+            # Stops a tail that is removed while this program runs.
+            if self._rows(f"sequence = {last.sequence}") != [last]:
+                raise LedgerTampered(f"{self._who}, row {last.sequence}: is missing or altered since it was last read")
+            rows = self._rows(f"sequence > {last.sequence}")
+        else:
+            rows = self._rows()
+        for row in rows:
+            self._take(row)
+        if rows:
+            self._verifier.found().check(self._who)
+
+    def _append(self, kind: Kind, content: Mapping[str, object]) -> Row:
+        """Insert one row; it is to be taken when the transaction is over."""
+        last = self._verifier.last
+        entry = {
+            "ledger": self._opening.get("ledger"),
+            **content,
+            "kind": kind,
+            "sequence": 1 if last is None else last.sequence + 1,
+            "time": self._clock().astimezone(UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
+        }
+        row = new_row(entry, previous=self.head, signer=self._signer)
+        self._database.execute(
+            f"INSERT INTO rows ({_COLUMNS}) VALUES (?, ?, ?, ?, ?)",  # noqa: S608
+            (row.sequence, row.previous, row.body, row.hash, row.signature),
+        )
+        return row
+
+    # --- what the rows say ---
+
+    def _take(self, row: Row) -> None:
+        entry = self._verifier.take(row)
+        if entry is None:
+            self._verifier.found().check(self._who)
+        else:
+            try:
+                self._apply(entry)
+            except (KeyError, TypeError, ValueError) as error:
+                raise LedgerTampered(
+                    f"{self._who}, row {row.sequence}: signed, but not as this version writes it: {error}"
+                ) from error
+
+    def _apply(self, entry: Entry) -> None:
+        match entry["kind"]:
+            case "open":
+                self._opening = entry
+            case "reserve":
+                if entry["decision"] == "reserved":
+                    self._reserved[entry["sequence"]] = _release_of(entry)
+            case "commit":
+                number, digest = entry["reservation"], entry["update_sha256"]
+                release = self._reserved[number]
+                if _round_of(release) in self._released:
+                    raise ValueError(f"a second update of round {release.round_number} of run {release.run}")
+                for over in self._superseded_by(release.run):
+                    del self._unsent[over]
+                self._released[_round_of(release)] = number
+                self._unsent[number] = Committed(reservation=number, release=release, update_sha256=digest)
+            case "sent":
+                del self._unsent[entry["reservation"]]
+
+    def _superseded_by(self, run: str) -> list[int]:
+        return [number for number, committed in self._unsent.items() if committed.release.run == run]
+
+
+# --- elsewhere: on an officer's machine, or a new one of the site ---
+
+
+def read_ledger(path: Path) -> list[Row]:
+    """The rows of a ledger's file, unchecked, without changing it; LedgerUnavailable or LedgerTampered if it has
+    none."""
+    # A file that no program has open may lie where nothing can be written.
+    whole = not path.with_name(f"{path.name}-wal").exists()
+    try:
+        with closing(sqlite3.connect(f"{path.absolute().as_uri()}?mode=ro{'&immutable=1' * whole}", uri=True)) as file:
+            file.text_factory = _text
+            return [_row(values) for values in file.execute(f"SELECT {_COLUMNS} FROM rows ORDER BY sequence")]  # noqa: S608
+    except sqlite3.DatabaseError as error:
+        if isinstance(error, sqlite3.OperationalError) and error.sqlite_errorcode != sqlite3.SQLITE_ERROR:
+            raise LedgerUnavailable(f"ledger {path}: {error}, expected a ledger that can be read") from error
+        raise LedgerTampered(f"ledger {path}: {error}, expected the SQLite file that was written") from error
+
+
+def write_export(path: Path, rows: Iterable[Row]) -> None:
+    """Write rows as JSON Lines; LedgerUnavailable if that fails."""
+    try:
+        path.write_text("".join(json.dumps(asdict(row), sort_keys=True) + "\n" for row in rows))
+    except OSError as error:
+        raise LedgerUnavailable(f"export {path}: {error.strerror}, expected a file that can be written") from error
+
+
+def read_export(path: Path) -> list[Row]:
+    """The rows of an exported ledger, unchecked; LedgerUnavailable or LedgerTampered, with the line, if it is none."""
+    try:
+        lines = path.read_bytes().splitlines()
+    except OSError as error:
+        raise LedgerUnavailable(f"export {path}: {error.strerror}, expected a file that can be read") from error
+    rows = []
+    for number, line in enumerate(lines, start=1):
+        try:
+            values = json.loads(line)
+            rows.append(_row([values.pop(field.name) for field in fields(Row)]))
+            in_form = not values
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+            in_form = False
+        if not in_form:
+            raise LedgerTampered(f"export {path}, line {number}: not a row as a ledger exports it")
+    return rows
+
+
+def verify_export(path: Path, *, head: str | None = None, public_key: bytes | None = None) -> Verification:
+    """Check an exported ledger; see ``verify``."""
+    return verify(read_export(path), head=head, public_key=public_key)
+
+
+def restore(export: Path, path: Path, *, head: str | None = None, public_key: bytes | None = None) -> None:
+    """Make the ledger's file from an export, after checking it; LedgerUnavailable if there is one already."""
+    rows = read_export(export)
+    verify(rows, head=head, public_key=public_key).check(f"export {export}")
+    # Stops a ledger from being replaced by an older state of itself.
+    if path.exists():
+        raise LedgerUnavailable(f"ledger {path}: exists already, expected a new file; nothing was restored")
+    try:
+        with closing(sqlite3.connect(path, isolation_level=None)) as file:
+            file.execute("PRAGMA journal_mode=WAL")
+            file.execute("PRAGMA synchronous=FULL")
+            file.execute("BEGIN IMMEDIATE")
+            for statement in _SCHEMA.values():
+                file.execute(statement)
+            values = [(row.sequence, row.previous, row.body, row.hash, row.signature) for row in rows]
+            file.executemany(f"INSERT INTO rows ({_COLUMNS}) VALUES (?, ?, ?, ?, ?)", values)  # noqa: S608
+            file.execute("COMMIT")
+    except sqlite3.OperationalError as error:
+        raise LedgerUnavailable(f"ledger {path}: {error}, expected a file that can be written") from error
+
+
+def _text(data: bytes) -> str:
+    return data.decode("utf-8", "replace")
+
+
+def _row(values: Sequence[Any]) -> Row:
+    sequence, *texts = values
+    return Row(int(sequence), *(str(text) for text in texts))
+
+
+def _round_of(release: Release) -> tuple[str, int, str | None]:
+    return release.run, release.round_number, release.model_sha256
+
+
+def _release_fields(release: Release) -> dict[str, object]:
+    known = {name: value for name, value in asdict(release).items() if value is not None}
+    return {**known, "event": {"mechanism": type(release.event).__name__, **asdict(release.event)}}
+
+
+def _release_of(entry: Entry) -> Release:
+    known = {field.name: entry[field.name] for field in fields(Release) if field.name in entry}
+    event = dict(entry["event"])
+    return Release(**{**known, "event": _MECHANISMS[event.pop("mechanism")](**event)})
+
+
+def _claim_fields(claim: Claim) -> dict[str, object]:
+    """A claim as a row's fields; JSON has no infinity, so that one is written as its name."""
+    numbers = {name: value for name, value in asdict(claim).items() if value is not None}
+    written = {name: str(value) if value == float("inf") else value for name, value in numbers.items()}
+    return {**written, "decision": "reserved" if claim.refused is None else "refused"}

@@ -1,4 +1,4 @@
-"""The command line: `secureagg keygen | consortium | coordinator | site | demo`.
+"""The command line: `secureagg keygen | consortium | coordinator | site | ledger | demo`.
 
 Every failure that a user can cause is one sentence on standard error and exit status 1; a wrong option is status 2.
 What takes seconds to import is imported inside the command that needs it.
@@ -21,6 +21,7 @@ from sites.errors import SiteError
 from transport import TransportError
 
 if TYPE_CHECKING:
+    from dp.ledger import Row
     from sites.coordinator_loop import RoundRecord
     from sites.manifest import Manifest
 
@@ -33,6 +34,8 @@ app = typer.Typer(
 )
 consortium_app = typer.Typer(help="Create, sign and read the manifest that all sites agree on.", no_args_is_help=True)
 app.add_typer(consortium_app, name="consortium")
+ledger_app = typer.Typer(help="Check and move the record of what a site has released.", no_args_is_help=True)
+app.add_typer(ledger_app, name="ledger")
 
 out = Console(highlight=False)
 
@@ -264,6 +267,59 @@ def demo(
         json_file=json_file,
         keep=keep,
     )
+
+
+_Ledger = Annotated[Path, typer.Argument(help="A ledger's ledger.sqlite, or what `ledger export` wrote.")]
+_Card = Annotated[Path | None, typer.Option(help="The site's public card: the ledger must be signed by its key.")]
+_Head = Annotated[str | None, typer.Option(help="A head that was noted earlier: no row up to it may be missing.")]
+
+
+@ledger_app.command("verify", epilog=_example("secureagg ledger verify ledger.sqlite --card hospital-a.card"))
+def verify_ledger(ledger: _Ledger, card: _Card = None, head: _Head = None) -> None:
+    """Check every row's place, hash and signature; names each row that is wrong, with status 1."""
+    _verified(ledger, card, head)
+
+
+@ledger_app.command("export", epilog=_example("secureagg ledger export ledger.sqlite ledger.jsonl"))
+def export_ledger(
+    ledger: _Ledger, target: Annotated[Path, typer.Argument(help="File to write: JSON Lines.")], card: _Card = None
+) -> None:
+    """Write all rows for somebody else to verify, after checking them; updates that are not yet sent stay here."""
+    from dp.ledger import write_export  # noqa: PLC0415
+
+    write_export(target, _verified(ledger, card, None))
+
+
+@ledger_app.command("restore", epilog=_example("secureagg ledger restore ledger.jsonl ledger.sqlite --head HEAD"))
+def restore_ledger(
+    export: Annotated[Path, typer.Argument(help="What `ledger export` wrote.")],
+    ledger: Annotated[Path, typer.Argument(help="The ledger's file to make; it must not be there.")],
+    card: _Card = None,
+    head: _Head = None,
+) -> None:
+    """Make a ledger from an export, for a site that moves to another machine."""
+    from dp.ledger import restore  # noqa: PLC0415
+
+    _verified(export, card, head)
+    restore(export, ledger, head=head)
+
+
+def _verified(path: Path, card: Path | None, head: str | None) -> "list[Row]":
+    """The rows of a ledger or an export, after saying what they are; LedgerTampered if anything is wrong."""
+    from dp.ledger import read_export, read_ledger, verify  # noqa: PLC0415
+    from sites.keys import load_card  # noqa: PLC0415
+
+    is_database = path.is_file() and path.read_bytes()[:16] == b"SQLite format 3\0"
+    rows = read_ledger(path) if is_database or path.suffix == ".sqlite" else read_export(path)
+    found = verify(rows, head=head, public_key=None if card is None else load_card(card).signing_key)
+    for problem in found.problems:
+        _say(f"row {problem.row}, {problem.what}: {problem.text}")
+    found.check(f"ledger {path}")
+    opening = found.opening
+    _say(f"{len(rows)} rows, all in place and signed by {opening['site']}, key {opening['public_key']}")
+    _say(f"data {opening['dataset']}, unit {opening['unit']}")
+    _say(f"head {found.head}")
+    return rows
 
 
 def _changed(table: msgspec.Struct, **fields: object) -> msgspec.Struct:

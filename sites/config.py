@@ -4,7 +4,7 @@ import os
 import tomllib
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Final, Literal
 
 import msgspec
 import tomli_w
@@ -15,11 +15,13 @@ from sites.files import write_atomic
 from sites.keys import Keys, load_keys
 from sites.manifest import Manifest
 
+LEDGER: Final = "ledger.sqlite"
+
 
 class LocalPrivacy(
     msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True, tag_field="mode", tag="local"
 ):
-    """The most that this site ever spends on its data: ``epsilon`` at ``delta``."""
+    """The most that this site ever spends on its data, over all runs and consortia: ``epsilon`` at ``delta``."""
 
     epsilon: Annotated[float, msgspec.Meta(gt=0, le=1e9)]
     delta: Annotated[float, msgspec.Meta(gt=0, lt=1)]
@@ -44,7 +46,11 @@ class OwnData(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=T
 
 
 class SiteConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
-    """The fields of SITE.toml; paths are relative to its folder.  ``data`` is absent when the training is embedded."""
+    """The fields of SITE.toml; paths are relative to its folder.  ``data`` is absent when the training is embedded.
+
+    ``ledger``: the record of what was released from the data, `ledger.sqlite` in the state folder by default.  A site
+    that takes part in several consortia with the same data names the same file in each SITE.toml.
+    """
 
     name: str
     manifest: str
@@ -52,23 +58,44 @@ class SiteConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_onl
     keys: str
     state: str
     privacy: LocalPrivacy | NoPrivacy
+    ledger: str | None = None
     policy: OwnPolicy = OwnPolicy()
     data: OwnData | None = None
+
+
+def load_config(path: Path) -> SiteConfig:
+    """The fields of a SITE.toml; ConfigurationError naming file and field for anything that is not one."""
+    try:
+        return msgspec.convert(tomllib.loads(path.read_text()), SiteConfig)
+    except OSError as error:
+        raise ConfigurationError(f"{path}: cannot be read: {error.strerror}") from error
+    except msgspec.ValidationError as error:
+        raise ConfigurationError(f"{path}: {error}") from error
+    except ValueError as error:
+        raise ConfigurationError(f"{path}: not a TOML file: {error}") from error
 
 
 def save_config(
     path: Path, *, manifest: Manifest, manifest_path: Path, keys: Path, site: str, data: OwnData | None
 ) -> None:
-    """Write the SITE.toml of ``site`` that pins ``manifest`` and accepts its privacy bounds; state lies beside it."""
+    """Write the SITE.toml of ``site`` that pins ``manifest``; state lies beside it.
+
+    A new file takes the manifest's privacy bounds for those of the data's lifetime.  One that is there keeps its own,
+    and all else that is the site's to decide: signing a manifest, whatever it says, never raises what the data may
+    cost.
+    """
     offered, folder = manifest.privacy, path.parent
-    config = SiteConfig(
+    accepted = LocalPrivacy(epsilon=offered.epsilon, delta=offered.delta) if offered.mode == "local" else NoPrivacy()
+    decided = load_config(path) if path.exists() else None
+    if decided is None:
+        decided = SiteConfig(name=site, manifest="", manifest_sha256="0" * 64, keys="", state=".", privacy=accepted)
+    config = msgspec.structs.replace(
+        decided,
         name=site,
         manifest=os.path.relpath(manifest_path, folder),
         manifest_sha256=manifest.digest.hex(),
         keys=os.path.relpath(keys, folder),
-        state=".",
-        privacy=LocalPrivacy(epsilon=offered.epsilon, delta=offered.delta) if offered.mode == "local" else NoPrivacy(),
-        data=data,
+        data=decided.data if data is None else data,
     )
     fields = {name: value for name, value in msgspec.to_builtins(config).items() if value is not None}
     try:
@@ -90,8 +117,13 @@ class OpenSite:
 
     @property
     def state(self) -> Path:
-        """Folder of the journal, the privacy ledger and the summary."""
+        """Folder of the journal, the summary and, unless it is elsewhere, the privacy ledger."""
         return self.folder / self.config.state
+
+    @property
+    def ledger(self) -> Path:
+        """File of the privacy ledger."""
+        return self.folder / self.config.ledger if self.config.ledger else self.state / LEDGER
 
     @property
     def minimum_survivors(self) -> int:
@@ -104,14 +136,7 @@ def open_site(path: Path) -> OpenSite:
 
     Raises ConfigurationError, KeyFileError or ManifestError, naming the file, what was found and what was expected.
     """
-    try:
-        config = msgspec.convert(tomllib.loads(path.read_text()), SiteConfig)
-    except OSError as error:
-        raise ConfigurationError(f"{path}: cannot be read: {error.strerror}") from error
-    except msgspec.ValidationError as error:
-        raise ConfigurationError(f"{path}: {error}") from error
-    except ValueError as error:
-        raise ConfigurationError(f"{path}: not a TOML file: {error}") from error
+    config = load_config(path)
     folder = path.parent
     keys = load_keys(folder / config.keys)
     manifest = Manifest.load(folder / config.manifest)

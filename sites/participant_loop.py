@@ -62,12 +62,13 @@ class Round:
     """One training round, as the engineer sees it.
 
     ``run``: names the training run; ``number``: of the round, from 1; ``total``: how many the consortium planned;
-    ``global_state``: the tensors to train from.
+    ``parameters``: all that its sites have agreed on; ``global_state``: the tensors to train from.
     """
 
     def __init__(self, *, session: "_Session", task: "_Task") -> None:
         self._session = session
         self._task = task
+        self.parameters = task.parameters
         self.run = task.parameters.run
         self.number = task.parameters.round_number
         self.total = session.site.manifest.training.rounds
@@ -77,7 +78,7 @@ class Round:
         """Encode the difference of ``state`` to the global one, and hand it over to be masked and sent.
 
         ``state``: the trained tensors, named and shaped like ``global_state``; ``examples``: how many were trained on,
-        this update's weight, seen by nobody but this site.  ``epsilon``: what this site has spent so far, at the
+        this update's weight, seen by nobody but this site.  ``epsilon``: what this run has spent so far, at the
         manifest's delta; required where the manifest's privacy mode is "local".
 
         Returns at once.  Raises ShapeMismatch or ValueOutOfRange, naming the tensor, for a state that the consortium's
@@ -88,7 +89,7 @@ class Round:
         if privacy.mode == "local" and (epsilon is None or not 0 <= epsilon <= privacy.epsilon):
             found = "none" if epsilon is None else f"{epsilon:.4g}"
             raise ParameterError(
-                f"round {self.number}: found {found} as the epsilon spent so far, expected one up to "
+                f"round {self.number}: found {found} as the epsilon this run has spent, expected one up to "
                 f"{privacy.epsilon:g}, since the consortium's privacy mode is local"
             )
         who = f"state submitted to round {self.number}"

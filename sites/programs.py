@@ -4,6 +4,7 @@ import logging
 import os
 import time
 from collections.abc import Callable, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
@@ -22,7 +23,7 @@ from sites.keys import load_keys
 from sites.manifest import Manifest
 from sites.model_state import model_digest
 from sites.participant_loop import Federation, RoundResult
-from sites.trainer import trainer_for
+from sites.trainer import LocalTrainer, trainer_for
 from transport import DealerEndpoint, Endpoint, Limits, PeerId, listen
 
 log = logging.getLogger("secureagg.site")
@@ -34,8 +35,8 @@ DROPPED_EXIT_STATUS: Final = 70
 class SiteSummary:
     """What a site writes down for its own people, in `summary.json` of its state folder.
 
-    ``epsilon`` at ``delta``: spent on this data so far; ``training_seconds``: per training round; ``rounds``: how each
-    round of this run ended.
+    ``epsilon`` at ``delta``: spent on this data so far; ``ledger_head``: what its ledger ended with, to be noted
+    elsewhere too; ``training_seconds``: per training round; ``rounds``: how each round of this run ended.
     """
 
     name: str
@@ -43,6 +44,7 @@ class SiteSummary:
     epsilon: float | None
     delta: float
     noise_multiplier: float | None
+    ledger_head: str | None
     bytes_sent: int
     training_seconds: list[float]
     rounds: list[RoundResult]
@@ -87,7 +89,13 @@ def run_site(
     out what a dropout does.
     """
     site = open_site(config)
-    trainer = trainer_for(site)
+    with closing(trainer_for(site)) as trainer:
+        return _run_site(site, trainer, report=report, stop_answering=stop_answering)
+
+
+def _run_site(
+    site: OpenSite, trainer: LocalTrainer, *, report: Callable[[str], None], stop_answering: tuple[str, int] | None
+) -> SiteSummary:
     endpoint: Endpoint | None = None
     if stop_answering is not None:
         phase, number = stop_answering
@@ -100,8 +108,9 @@ def run_site(
             name=site.name,
             patients=trainer.patients,
             epsilon=trainer.epsilon,
-            delta=site.manifest.privacy.delta,
+            delta=trainer.delta,
             noise_multiplier=trainer.noise_multiplier,
+            ledger_head=trainer.ledger_head,
             bytes_sent=federation.bytes_sent,
             training_seconds=seconds,
             rounds=list(federation.history),
@@ -109,20 +118,30 @@ def run_site(
         write_atomic(site.state / "summary.json", msgspec.json.format(msgspec.json.encode(summary)) + b"\n")
         return summary
 
+    def note_what_was_sent() -> None:
+        # A round that came to its end was sent; one that did not may have been, and its update stays in the outbox
+        # until the run's next one takes its place.
+        trainer.mark_sent({(past.run, past.number) for past in federation.history if past.result == "finished"})
+
     summarise()  # whatever happens in the first round, there is one
     with federation:
         for training_round in federation.rounds():
+            note_what_was_sent()
             began = time.monotonic()
             result = trainer.train(
-                training_round.global_state, run=training_round.run, round_number=training_round.number
+                training_round.global_state,
+                run=training_round.run,
+                round_number=training_round.number,
+                parameters=training_round.parameters,
             )
             seconds.append(time.monotonic() - began)
             summarise()
             spent = (
-                "no differential privacy" if result.epsilon is None else f"epsilon {result.epsilon:.3f} spent so far"
+                "no differential privacy" if trainer.epsilon is None else f"epsilon {trainer.epsilon:.3f} spent so far"
             )
             report(f"round {training_round.number} of {training_round.total}: {seconds[-1]:.2f} s of training, {spent}")
             training_round.submit(result.state, examples=result.examples, epsilon=result.epsilon)
+        note_what_was_sent()
         return summarise()
 
 

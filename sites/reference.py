@@ -12,11 +12,11 @@ import msgspec
 import numpy as np
 
 from dp.ledger import Ledger
-from secureagg.identity import Entropy
+from secureagg.identity import Entropy, Identity
 from sites.datasets.heart import Hospital
 from sites.evaluation import Metrics, evaluate_scores
 from sites.manifest import Privacy, Training
-from sites.trainer import LocalTrainer, heart_model, predict
+from sites.trainer import LocalTrainer, fingerprint, heart_model, predict
 
 
 def pool(hospitals: Iterable[Hospital]) -> Hospital:
@@ -31,12 +31,19 @@ def pool(hospitals: Iterable[Hospital]) -> Hospital:
     )
 
 
+def throwaway_ledger(data: Hospital, folder: Path) -> Ledger:
+    """A ledger for ``data`` in a temporary folder, under an identity that nobody keeps."""
+    identity = Identity.generate()
+    path = folder / f"{data.name}.sqlite"
+    return Ledger(path, dataset=fingerprint(data, identity), site=data.name, signer=identity)
+
+
 def train_alone(
     data: Hospital, *, test: Hospital, training: Training, privacy: Privacy, bins: int, entropy: Entropy = os.urandom
 ) -> Metrics:
     """The metrics, on the held-out patients of ``test``, of a model trained on ``data`` alone by the same recipe."""
     with tempfile.TemporaryDirectory() as folder:
-        ledger = Ledger(Path(folder) / "ledger.jsonl") if privacy.mode == "local" else None
+        ledger = throwaway_ledger(data, Path(folder)) if privacy.mode == "local" else None
         trainer = LocalTrainer(
             model=heart_model(), data=data, training=training, privacy=privacy, ledger=ledger, entropy=entropy
         )

@@ -1,35 +1,42 @@
 """A site's own training: from the global model to a private local one, within the site's budget."""
 
 import os
+from collections.abc import Container
 from contextlib import suppress
 from dataclasses import dataclass, field
+from hashlib import sha256
+from importlib.metadata import version
 from typing import Final
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from safetensors.numpy import save
+from safetensors.torch import load as load_state
 from torch import nn
 
-from dp.accountants import noise_multiplier_for
 from dp.budget import BudgetGuard, PrivacyBudget
 from dp.errors import BudgetExhausted
 from dp.events import PoissonSampledGaussian
 from dp.ledger import Ledger, Release
 from dp.training import Plan, train_plain, train_private
-from secureagg.identity import Entropy
-from sites.config import OpenSite
+from secureagg import RoundParameters
+from secureagg.identity import Entropy, Identity
+from secureagg.labels import VERSION
+from sites.config import LocalPrivacy, OpenSite
 from sites.datasets.heart import HOSPITALS, Hospital, load_hospitals
 from sites.errors import ConfigurationError, DatasetError
 from sites.manifest import Privacy, Training
 from sites.model_state import State
 
-LEDGER: Final = "ledger.jsonl"
+DATASET_LABEL: Final = VERSION + b"/dataset"
+RANDOM_GENERATOR: Final = "AES-128-CTR (randomgen), keyed from the operating system"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class TrainingResult:
-    """The trained ``state``, its weight, and the epsilon spent so far (None without differential privacy)."""
+    """The trained ``state``, its weight, and the epsilon that this run has spent so far, at the manifest's delta (None
+    without differential privacy)."""
 
     state: State = field(repr=False)
     examples: int
@@ -54,12 +61,25 @@ def binary_loss(predictions: torch.Tensor, targets: torch.Tensor) -> torch.Tenso
     return nn.functional.binary_cross_entropy_with_logits(predictions.squeeze(1), targets, reduction="sum")
 
 
+def fingerprint(data: Hospital, identity: Identity) -> str:
+    """What names a hospital's training data in its ledger: SHA-256, the same for the same patients in any order.
+
+    It is taken of the site's signature over the data's own SHA-256.  Ed25519 signatures are deterministic, so the same
+    data gives the same name; and without the site's secret nobody can try out whether a guessed patient is in it.
+    """
+    table = np.column_stack([data.train_features, data.train_labels]).astype("<f4")
+    rows = b"".join(sorted(row.tobytes() for row in table))
+    shape = "x".join(map(str, table.shape)).encode()
+    return sha256(identity.sign(DATASET_LABEL, sha256(shape + b":" + rows).digest())).hexdigest()
+
+
 class LocalTrainer:
     """One hospital's trainer over all rounds of a run.
 
-    With a ``ledger`` it trains by DP-SGD: each round is booked before a patient is sampled, and refused
-    (BudgetExhausted) when the budget has no room.  The noise is chosen once per run, so that the planned rounds
-    spend what the budget and the ledger leave.  With ``privacy.mode == "none"`` it trains without privacy.
+    With a ``ledger`` it trains by DP-SGD: each round is reserved before a patient is sampled, and refused
+    (BudgetExhausted) when a budget has no room; the update is in the ledger before it is returned.  The noise is chosen
+    once per run, so that the planned rounds spend what the budgets and the ledger leave.  With
+    ``privacy.mode == "none"`` it trains without privacy.
     """
 
     def __init__(
@@ -70,18 +90,26 @@ class LocalTrainer:
         training: Training,
         privacy: Privacy,
         ledger: Ledger | None = None,
+        budget: PrivacyBudget | None = None,
+        consortium: str | None = None,
+        manifest_sha256: str | None = None,
         entropy: Entropy = os.urandom,
     ) -> None:
-        """Raise ConfigurationError if the privacy mode is "local" and there is no ledger."""
+        """``privacy``: what a run may spend; ``budget``: what all runs on this data may spend, the same by default.
+
+        Raises ConfigurationError if the privacy mode is "local" and there is no ledger.
+        """
         self._model = model
         self._data = data
         self._entropy = entropy
         self._planned_steps = training.rounds * training.local_steps
         self._clip_norm = privacy.clip_norm
+        self._consortium = consortium
+        self._manifest_sha256 = manifest_sha256
         self._guard: BudgetGuard | None = None
         self.patients = len(data.train_labels)
         self.noise_multiplier: float | None = None
-        self.epsilon: float | None = None
+        self.delta = privacy.delta
         self._plan = Plan(
             steps=training.local_steps,
             learning_rate=training.learning_rate,
@@ -92,23 +120,78 @@ class LocalTrainer:
                 raise ConfigurationError(
                     f"trainer of {data.name}: privacy mode local, but no ledger to book releases in"
                 )
-            self._guard = BudgetGuard(PrivacyBudget(privacy.epsilon, privacy.delta), ledger)
-            self.epsilon = self._guard.spent
+            of_a_run = PrivacyBudget(privacy.epsilon, privacy.delta)
+            self._guard = BudgetGuard(of_a_run if budget is None else budget, ledger, run_budget=of_a_run)
+            self.delta = self._guard.budget.delta
             with suppress(BudgetExhausted):  # a run that continues has its noise, another is refused when it trains
                 self._least_noise(self._guard)  # takes seconds once, which the first round must not wait for
 
-    def train(self, state: State, *, run: str, round_number: int) -> TrainingResult:
+    @property
+    def epsilon(self) -> float | None:
+        """What all runs on this data have spent so far, at ``delta``; None without differential privacy."""
+        return None if self._guard is None else self._guard.spent
+
+    @property
+    def ledger_head(self) -> str | None:
+        """Hash of the ledger's last row; None without differential privacy."""
+        return None if self._guard is None else self._guard.ledger.head
+
+    def train(
+        self, state: State, *, run: str, round_number: int, parameters: RoundParameters | None = None
+    ) -> TrainingResult:
         """Train from ``state`` for one round; returns the result, ``state`` stays as it is.
 
-        Raises BudgetExhausted before anything is sampled if this round does not fit the budget.
+        A round whose update is in the ledger's outbox is not trained again: the same update is returned.  One whose
+        update was sent is refused (ReservationMisused).
+        ``parameters``: of the round, for the ledger, where the caller has them.  Raises BudgetExhausted before anything
+        is sampled if this round does not fit the budget.
         """
+        if self._guard is None:
+            return TrainingResult(state=self._trained(state, None), examples=self.patients, epsilon=None)
+        model_sha256 = sha256(_bytes_of(state)).hexdigest()
+        ledger = self._guard.ledger
+        committed = ledger.committed(run=run, round_number=round_number, model_sha256=model_sha256)
+        if committed is None:
+            release = Release(
+                run=run,
+                round_number=round_number,
+                event=self._event(self._guard, run=run, round_number=round_number),
+                consortium=self._consortium,
+                library_version=version("secureagg"),
+                model_sha256=model_sha256,
+                manifest_sha256=self._manifest_sha256,
+                cohort=None if parameters is None else len(parameters.cohort),
+                threshold=None if parameters is None else parameters.threshold,
+                max_corrupt=None if parameters is None else parameters.max_corrupt,
+                clip_norm=self._clip_norm,
+                random_generator=RANDOM_GENERATOR,
+            )
+            reservation = self._guard.authorize(release)
+            committed = ledger.commit(reservation, _bytes_of(self._trained(state, release.event)))
+        # What is sent is read back from the outbox, so that it is what would be sent again.
+        sent = load_state(ledger.update(committed))
+        return TrainingResult(state=sent, examples=self.patients, epsilon=self._guard.spent_by(run))
+
+    def close(self) -> None:
+        """Close the ledger."""
+        if self._guard is not None:
+            self._guard.ledger.close()
+
+    def mark_sent(self, rounds: Container[tuple[str, int]]) -> None:
+        """Note that the updates of these rounds, each a run and a number, went out; they leave the outbox."""
+        if self._guard is not None:
+            ledger = self._guard.ledger
+            for committed in ledger.unsent:
+                if (committed.release.run, committed.release.round_number) in rounds:
+                    ledger.mark_sent(committed)
+
+    def _trained(self, state: State, event: PoissonSampledGaussian | None) -> State:
+        """A copy of the model's state after one round, by DP-SGD if there is an event, which must be reserved."""
         self._model.load_state_dict(state)
         features, targets = torch.from_numpy(self._data.train_features), torch.from_numpy(self._data.train_labels)
-        if self._guard is None:
+        if event is None:
             train_plain(self._model, binary_loss, features, targets, plan=self._plan, entropy=self._entropy)
         else:
-            event = self._event(self._guard, run)
-            self.epsilon = self._guard.authorize(Release(run=run, round_number=round_number, event=event))
             train_private(
                 self._model,
                 binary_loss,
@@ -120,31 +203,34 @@ class LocalTrainer:
                 clip_norm=self._clip_norm,
                 entropy=self._entropy,
             )
-        trained = {name: tensor.detach().clone() for name, tensor in self._model.state_dict().items()}
-        return TrainingResult(state=trained, examples=self.patients, epsilon=self.epsilon)
+        return {name: tensor.detach().clone() for name, tensor in self._model.state_dict().items()}
 
     def evaluate(self, state: State) -> tuple[npt.NDArray[np.floating], npt.NDArray[np.integer]]:
         """Scores in [0, 1] and 0/1 labels of the held-out patients."""
         return predict(self._model, state, self._data.test_features), self._data.test_labels.astype(np.int64)
 
-    def _event(self, guard: BudgetGuard, run: str) -> PoissonSampledGaussian:
+    def _event(self, guard: BudgetGuard, *, run: str, round_number: int) -> PoissonSampledGaussian:
         """One round's release.  A run that continues after a restart keeps the noise that it began with."""
         releases = guard.ledger.releases
         begun = next((release.event.noise_multiplier for release in releases if release.run == run), None)
-        self.noise_multiplier = self._least_noise(guard) if begun is None else begun
+        try:
+            self.noise_multiplier = self._least_noise(guard) if begun is None else begun
+        except BudgetExhausted as error:
+            refusal = {"refused": str(error), "run": run, "round_number": round_number}
+            guard.ledger.record("note", refusal)
+            raise
         return PoissonSampledGaussian(
             sampling_rate=self._plan.sampling_rate, noise_multiplier=self.noise_multiplier, steps=self._plan.steps
         )
 
     def _least_noise(self, guard: BudgetGuard) -> float:
-        """The least noise with which all planned rounds fit what is left of the budget."""
-        return noise_multiplier_for(
-            epsilon=guard.budget.epsilon,
-            delta=guard.budget.delta,
-            sampling_rate=self._plan.sampling_rate,
-            steps=self._planned_steps,
-            spent=guard.ledger.events,
-        )
+        """The least noise with which all planned rounds of a new run fit what is left."""
+        return guard.least_noise(sampling_rate=self._plan.sampling_rate, steps=self._planned_steps)
+
+
+def _bytes_of(state: State) -> bytes:
+    """A state as safetensors bytes: they name each tensor, hold no code, and are the same for the same state."""
+    return save({name: tensor.detach().cpu().numpy() for name, tensor in state.items()})
 
 
 def predict(model: nn.Module, state: State, features: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
@@ -165,12 +251,25 @@ def trainer_for(site: OpenSite) -> LocalTrainer:
     if data.hospital not in HOSPITALS:
         raise DatasetError(f"heart data: found hospital {data.hospital!r}, expected one of {', '.join(HOSPITALS)}")
     hospital = load_hospitals(site.folder / data.folder if data.folder else None)[data.hospital]
-    privacy = site.manifest.privacy
+    privacy, own = site.manifest.privacy, site.config.privacy
     ledger = None
     if privacy.mode == "local":
-        site.state.mkdir(parents=True, exist_ok=True)
-        ledger = Ledger(site.state / LEDGER)
-    # The manifest's bounds are the budget: a site's own policy was wider, or `open_site` would have refused them.
+        site.ledger.parent.mkdir(parents=True, exist_ok=True)
+        ledger = Ledger(
+            site.ledger,
+            dataset=fingerprint(hospital, site.keys.identity),
+            unit=privacy.unit,
+            site=site.name,
+            signer=site.keys.identity,
+        )
     return LocalTrainer(
-        model=heart_model(), data=hospital, training=site.manifest.training, privacy=privacy, ledger=ledger
+        model=heart_model(),
+        data=hospital,
+        training=site.manifest.training,
+        privacy=privacy,
+        ledger=ledger,
+        # What the data may ever cost is the site's own decision; the manifest says what a run may.
+        budget=PrivacyBudget(own.epsilon, own.delta) if isinstance(own, LocalPrivacy) else None,
+        consortium=site.manifest.consortium.name,
+        manifest_sha256=site.manifest.digest.hex(),
     )

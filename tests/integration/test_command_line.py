@@ -11,10 +11,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 from safetensors.numpy import save
+from support.ledgers import reserve, with_sqlite
 
+from dp.ledger import Ledger, read_ledger, verify
 from sites import cli
 from sites.demo import free_port
-from sites.keys import load_keys
+from sites.keys import generate_keys, load_keys, save_keys
 from sites.manifest import Manifest
 
 Run = Callable[..., tuple[int, str, str]]
@@ -143,7 +145,41 @@ def test_a_whole_consortium_by_its_commands(consortium: Path) -> None:
     assert "finished; the model is state/model.safetensors" in outputs["sum"][0]
     assert re.search(r"finished; 199 patients, epsilon 0\.99\d|1\.000 spent so far", outputs["cleveland"][0])
     assert (consortium / "state" / "model.safetensors").stat().st_size > 0
-    assert len((consortium / "cleveland" / "ledger.jsonl").read_text().splitlines()) == 2
+    found = verify(read_ledger(consortium / "cleveland" / "ledger.sqlite"))
+    found.check("ledger")
+    assert [entry["kind"] for entry in found.entries] == ["open", *["reserve", "commit", "sent"] * 2]
+
+
+def test_ledger_commands(run: Run, tmp_path: Path) -> None:
+    """A ledger is verified, exported, verified again from the export and restored; every tampering is status 1 with the
+    row; a wrong card or a head that is not there is refused, and an existing ledger is never replaced."""
+    keys = generate_keys("a")
+    _, card = save_keys(keys, tmp_path)
+    save_keys(generate_keys("b"), tmp_path)
+    path, export = tmp_path / "ledger.sqlite", tmp_path / "ledger.jsonl"
+    with Ledger(path, dataset="d" * 64, site="a", signer=keys.identity) as ledger:
+        for number in (1, 2, 3):
+            reserve(ledger, number)
+        head = ledger.head
+    options = ("--card", card, "--head", head)
+    status, out, _ = run("ledger", "verify", path, *options)
+    assert status == 0
+    assert f"4 rows, all in place and signed by a, key {keys.card.signing_key.hex()}" in out
+    assert f"head {head}" in out
+    assert run("ledger", "export", path, export)[0] == 0
+    assert run("ledger", "verify", export, *options)[0] == 0
+    assert run("ledger", "restore", export, tmp_path / "new.sqlite", *options)[0] == 0
+    assert run("ledger", "verify", tmp_path / "new.sqlite", *options)[0] == 0
+    assert "exists already" in failure(run("ledger", "restore", export, path))
+    error = failure(run("ledger", "verify", path, "--card", tmp_path / "b.card"))
+    assert "row 1: the ledger is of the key" in error
+    assert "no row has the noted head" in failure(run("ledger", "verify", path, "--head", "0" * 64))
+    with_sqlite(path, "DELETE FROM rows WHERE sequence = 3")
+    assert f"ledger {path}, row 3: is missing" in failure(run("ledger", "verify", path))
+    assert "row 3: is missing" in failure(run("ledger", "export", path, tmp_path / "other.jsonl"))
+    assert not (tmp_path / "other.jsonl").exists()
+    assert "nowhere.sqlite" in failure(run("ledger", "verify", tmp_path / "nowhere.sqlite"))
+    assert "nowhere.jsonl" in failure(run("ledger", "verify", tmp_path / "nowhere.jsonl"))
 
 
 def test_show(run: Run, consortium: Path) -> None:

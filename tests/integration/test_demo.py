@@ -2,18 +2,26 @@
 
 import json
 import re
+import shutil
 import stat
 import subprocess
 import sys
+from contextlib import closing
 from pathlib import Path
 
 import pytest
+from support.ledgers import with_sqlite
 
 from dp.accountants import rdp_epsilon
-from dp.ledger import Ledger
+from dp.errors import BudgetExhausted, LedgerTampered
+from dp.events import PoissonSampledGaussian
+from dp.ledger import read_ledger, verify
+from sites.config import open_site
 from sites.datasets.heart import HOSPITALS
+from sites.keys import load_card
 from sites.manifest import Manifest
 from sites.model_state import ModelSpec
+from sites.trainer import heart_model, trainer_for
 
 PATIENTS = {"cleveland": 199, "hungary": 172, "switzerland": 30, "va": 85}
 
@@ -70,12 +78,52 @@ def test_metrics_of_the_coordinator_are_those_of_the_model(ran) -> None:
 
 
 def test_epsilon_can_be_recomputed_from_each_ledger(ran) -> None:
-    """Each hospital's ledger holds one entry per round, and its events give the epsilon that was shown."""
+    """Each hospital's ledger is whole and signed by it, ends with the head in its summary, and holds a reservation, an
+    update and its sending per round; its events give the epsilon that was shown."""
     result, _, kept = ran
     for site in result["sites"]:
-        ledger = Ledger(kept / site["name"] / "ledger.jsonl")
-        assert [release.round_number for release in ledger.releases] == list(range(1, 11))
-        assert rdp_epsilon(ledger.events, site["delta"]) == pytest.approx(site["epsilon"], rel=1e-12)
+        folder = kept / site["name"]
+        card, summary = load_card(folder / f"{site['name']}.card"), json.loads((folder / "summary.json").read_text())
+        found = verify(read_ledger(folder / "ledger.sqlite"), public_key=card.signing_key, head=summary["ledger_head"])
+        found.check("ledger")
+        assert found.head == summary["ledger_head"]
+        assert [entry["kind"] for entry in found.entries] == ["open", *["reserve", "commit", "sent"] * 10]
+        rounds = [entry for entry in found.entries if entry["kind"] == "reserve"]
+        assert [entry["round_number"] for entry in rounds] == list(range(1, 11))
+        assert {(entry["cohort"], entry["consortium"]) for entry in rounds} == {(4, "heart demo")}
+        events = [
+            PoissonSampledGaussian(**{name: value for name, value in entry["event"].items() if name != "mechanism"})
+            for entry in rounds
+        ]
+        assert rdp_epsilon(events, site["delta"]) == pytest.approx(site["epsilon"], rel=1e-12)
+        assert rounds[-1]["cumulative_epsilon"] == pytest.approx(site["epsilon"], rel=1e-12)
+
+
+def test_a_round_more_is_refused_by_the_ledger(ran, tmp_path) -> None:
+    """A hospital's program that goes on with the ledger that the demo left trains no round more than was planned, nor
+    another run."""
+    _, _, kept = ran
+    copy = tmp_path / "kept"
+    shutil.copytree(kept, copy)
+    site = open_site(copy / "va" / "SITE.toml")
+    run = next(entry["run"] for entry in verify(read_ledger(site.ledger)).entries if entry["kind"] == "reserve")
+    before = len(read_ledger(site.ledger))
+    for name, text in ((run, f"round 11 of run {run}: epsilon"), ("another", "is spent, expected at most 1 at")):
+        with closing(trainer_for(site)) as trainer, pytest.raises(BudgetExhausted, match=text):
+            trainer.train(heart_model().state_dict(), run=name, round_number=11)
+    entries = verify(read_ledger(site.ledger)).entries
+    assert (len(entries), entries[-2]["decision"], entries[-1]["kind"]) == (before + 2, "refused", "note")
+
+
+def test_a_kept_ledger_that_was_edited(ran, tmp_path) -> None:
+    """After an edit by hand the hospital's program does not start, and names the row."""
+    _, _, kept = ran
+    copy = tmp_path / "kept"
+    shutil.copytree(kept, copy)
+    file = copy / "va" / "ledger.sqlite"
+    with_sqlite(file, "UPDATE rows SET body = replace(body, '\"steps\":2', '\"steps\":1') WHERE sequence = 5")
+    with pytest.raises(LedgerTampered, match=r"va/ledger\.sqlite, row 5: its contents are not those that were hashed"):
+        trainer_for(open_site(copy / "va" / "SITE.toml"))
 
 
 def test_what_is_kept(ran) -> None:
@@ -84,7 +132,7 @@ def test_what_is_kept(ran) -> None:
     Manifest.load(kept / "manifest.toml").check()
     for name in HOSPITALS:
         assert stat.S_IMODE((kept / name / f"{name}.keys").stat().st_mode) == 0o600
-        for file in ("SITE.toml", "journal.sqlite", "ledger.jsonl", "summary.json", "log.txt", f"{name}.card"):
+        for file in ("SITE.toml", "journal.sqlite", "ledger.sqlite", "summary.json", "log.txt", f"{name}.card"):
             assert (kept / name / file).stat().st_size > 0, file
     spec = ModelSpec.of_bytes((kept / "model.safetensors").read_bytes(), who="model")
     assert dict(spec.tensors) == {"weight": (1, 13), "bias": (1,)}

@@ -261,7 +261,9 @@ def test_a_private_consortium_wants_to_know_epsilon(tmp_path, epsilon: float | N
 
     def program(federation: Federation) -> None:
         for training_round in federation.rounds():
-            with pytest.raises(ParameterError, match=f"{found} as the epsilon spent so far, expected one up to 1"):
+            with pytest.raises(
+                ParameterError, match=f"{found} as the epsilon this run has spent, expected one up to 1"
+            ):
                 training_round.submit(training_round.global_state, examples=1, epsilon=epsilon)
             seen.append(found)
             training_round.submit(training_round.global_state, examples=1, epsilon=0.5)

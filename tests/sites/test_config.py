@@ -8,7 +8,7 @@ import tomli_w
 from support.consortium import make_consortium
 
 from sites import recipe
-from sites.config import OwnData, open_site
+from sites.config import OwnData, open_site, save_config
 from sites.errors import ConfigurationError, KeyFileError, ManifestError
 from sites.keys import generate_keys, save_keys
 
@@ -57,6 +57,62 @@ def test_own_state_and_policy(site):
     opened = open_site(rewritten(site, state="elsewhere", policy={"minimum_survivors": 4}))
     assert opened.state == site.parent / "elsewhere"
     assert opened.minimum_survivors == 4
+
+
+def test_the_ledger(site):
+    """The ledger lies in the state folder, or where the site says."""
+    assert open_site(site).ledger.resolve() == site.parent.resolve() / "ledger.sqlite"
+    assert open_site(rewritten(site, state="x")).ledger == site.parent / "x" / "ledger.sqlite"
+    assert open_site(rewritten(site, ledger="../own.sqlite")).ledger == site.parent / "../own.sqlite"
+
+
+def test_signing_again_keeps_what_the_site_has_decided(consortium, site):
+    """A SITE.toml that is there keeps its budget, policy, ledger and data when another manifest is pinned, however much
+    that asks for; a manifest above the budget is refused then."""
+    own = {
+        "privacy": {"mode": "local", "epsilon": 1.5, "delta": 1e-3},
+        "policy": {"minimum_survivors": 4},
+        "ledger": "../own.sqlite",
+        "data": {"kind": "heart", "hospital": "va", "folder": ""},
+    }
+    rewritten(site, **own)
+    for epsilon, fits in ((0.5, True), (9.0, False)):
+        privacy = msgspec.structs.replace(consortium.manifest.privacy, epsilon=epsilon)
+        changed = msgspec.structs.replace(consortium.manifest, privacy=privacy, signatures=[])
+        for name in consortium.site_configs:
+            changed = changed.sign(consortium.keys[name].identity, consortium.keys[name].site)
+        changed.save(consortium.manifest_path)
+        save_config(
+            site,
+            manifest=changed,
+            manifest_path=consortium.manifest_path,
+            keys=site.parent.parent / "a.keys",
+            site="a",
+            data=None,
+        )
+        fields = tomllib.loads(site.read_text())
+        assert {name: fields[name] for name in own} == own
+        assert fields["manifest_sha256"] == changed.digest.hex()
+        if fits:
+            open_site(site)
+        else:
+            with pytest.raises(ManifestError, match=r"up to epsilon 9 .* expected at most the epsilon 1\.5"):
+                open_site(site)
+
+
+def test_signing_does_not_replace_what_it_cannot_read(consortium, site):
+    """A SITE.toml that cannot be read is not overwritten: the budget in it would be lost."""
+    site.write_text("name = ")
+    with pytest.raises(ConfigurationError, match="not a TOML file"):
+        save_config(
+            site,
+            manifest=consortium.manifest,
+            manifest_path=consortium.manifest_path,
+            keys=site.parent.parent / "a.keys",
+            site="a",
+            data=None,
+        )
+    assert site.read_text() == "name = "
 
 
 def test_another_manifest_than_the_pinned_one(consortium, site):

@@ -1,6 +1,9 @@
 """A site's trainer: a whole run fits the budget, nothing gets around the ledger, and the given model stays as it is."""
 
+import sqlite3
 import tomllib
+from contextlib import closing
+from dataclasses import replace
 from itertools import pairwise
 
 import msgspec
@@ -9,15 +12,19 @@ import pytest
 import tomli_w
 import torch
 from support.consortium import make_consortium
+from support.ledgers import OTHER, SITE, bodies
+from support.rounds import StoppedRound
 
-from dp.errors import BudgetExhausted
-from dp.ledger import Ledger
+import sites.trainer
+from dp.budget import PrivacyBudget
+from dp.errors import BudgetExhausted, LedgerMismatch, LedgerUnavailable, ReservationMisused
+from dp.ledger import Ledger, read_ledger, verify
 from sites import recipe
-from sites.config import open_site
+from sites.config import LEDGER, open_site
 from sites.datasets.heart import Hospital
 from sites.errors import ConfigurationError, DatasetError
-from sites.model_state import ModelSpec
-from sites.trainer import LEDGER, LocalTrainer, heart_model, initial_heart_model, predict, trainer_for
+from sites.model_state import ModelSpec, model_digest
+from sites.trainer import LocalTrainer, fingerprint, heart_model, initial_heart_model, predict, trainer_for
 
 TRAINING = recipe.TRAINING
 PRIVACY = recipe.PRIVACY
@@ -42,11 +49,22 @@ def hospital():
 DATA = hospital()
 
 
-def new_trainer(ledger=None, *, privacy=PRIVACY, training=TRAINING, epsilon=None):
+def ledger_in(path):
+    """The ledger of the made-up patients in this file."""
+    return Ledger(path, dataset=fingerprint(DATA, SITE), site="made-up", signer=SITE)
+
+
+def releases_in(path):
+    """What has been reserved in this file."""
+    with ledger_in(path) as ledger:
+        return ledger.releases
+
+
+def new_trainer(ledger=None, *, privacy=PRIVACY, training=TRAINING, epsilon=None, **options):
     """A trainer on the made-up patients."""
     if epsilon is not None:
         privacy = msgspec.structs.replace(privacy, epsilon=epsilon)
-    return LocalTrainer(model=heart_model(), data=DATA, training=training, privacy=privacy, ledger=ledger)
+    return LocalTrainer(model=heart_model(), data=DATA, training=training, privacy=privacy, ledger=ledger, **options)
 
 
 def same(one, other):
@@ -58,11 +76,11 @@ def same(one, other):
 def run(tmp_path_factory):
     """All planned rounds of a run, with a restart after the fourth: ledger, results, noise per round, epsilons."""
     path = tmp_path_factory.mktemp("run") / LEDGER
-    trainer, state = new_trainer(Ledger(path)), heart_model().state_dict()
+    trainer, state = new_trainer(ledger_in(path)), heart_model().state_dict()
     results, noises, at_restart = [], [], None
     for number in range(1, TRAINING.rounds + 1):
         if number == 5:
-            trainer = new_trainer(Ledger(path))
+            trainer = new_trainer(ledger_in(path))
             at_restart = trainer.epsilon
         result = trainer.train(state, run="run", round_number=number)
         state = result.state
@@ -75,7 +93,8 @@ def run(tmp_path_factory):
 def spent(run, tmp_path):
     """A copy of the ledger after the whole run."""
     path = tmp_path / LEDGER
-    path.write_bytes(run[0].read_bytes())
+    with closing(sqlite3.connect(run[0])) as source, closing(sqlite3.connect(path)) as copy:
+        source.backup(copy)
     return path
 
 
@@ -91,7 +110,7 @@ def test_the_planned_rounds_fit_the_budget(run):
 def test_every_round_is_booked(run):
     """The ledger has one release per round, as it was done: steps, sampling rate and noise."""
     path, _, noises, _ = run
-    releases = Ledger(path).releases
+    releases = releases_in(path)
     assert [(release.run, release.round_number) for release in releases] == [("run", number) for number in range(1, 11)]
     assert {release.event.steps for release in releases} == {TRAINING.local_steps}
     assert {release.event.sampling_rate for release in releases} == {TRAINING.batch_size / PATIENTS}
@@ -106,31 +125,33 @@ def test_a_restart_within_a_run(run):
 
 
 def test_an_extra_round(spent):
-    """A round more than planned is refused, and nothing is booked or trained."""
-    before = spent.read_bytes()
-    trainer, state = new_trainer(Ledger(spent)), heart_model().state_dict()
+    """A round more than planned is refused, with a row that says so, and nothing is reserved or trained."""
+    before = releases_in(spent)
+    trainer, state = new_trainer(ledger_in(spent)), heart_model().state_dict()
     with pytest.raises(BudgetExhausted, match="round 11 of run run"):
         trainer.train(state, run="run", round_number=11)
-    assert spent.read_bytes() == before
+    assert releases_in(spent) == before
+    assert (bodies(spent)[-1]["round_number"], bodies(spent)[-1]["decision"]) == (11, "refused")
     assert trainer.epsilon == pytest.approx(PRIVACY.epsilon, rel=0.01)
     assert trainer.epsilon <= PRIVACY.epsilon
 
 
 def test_a_new_run_on_a_spent_ledger(spent):
-    """A new run does not begin on data whose ledger already holds more than the budget, and nothing is booked."""
-    before = spent.read_bytes()
-    trainer = new_trainer(Ledger(spent), epsilon=0.9)
+    """A new run does not begin on data whose ledger already holds more than the budget, and nothing is reserved."""
+    before = releases_in(spent)
+    trainer = new_trainer(ledger_in(spent), epsilon=0.9)
     with pytest.raises(BudgetExhausted, match="is spent"):
         trainer.train(heart_model().state_dict(), run="another", round_number=1)
-    assert spent.read_bytes() == before
+    assert releases_in(spent) == before
+    assert "is spent" in bodies(spent)[-1]["content"]["refused"]
 
 
 def test_a_new_run_after_a_finished_one(spent):
     """What a finished run leaves of its budget, a fraction of a per cent, is not enough for another: it is refused."""
-    before = spent.read_bytes()
+    before = releases_in(spent)
     with pytest.raises(BudgetExhausted, match=r"epsilon (0\.99\d*|1) is spent, expected at most 1 at delta 0\.001"):
-        new_trainer(Ledger(spent)).train(heart_model().state_dict(), run="another", round_number=1)
-    assert spent.read_bytes() == before
+        new_trainer(ledger_in(spent)).train(heart_model().state_dict(), run="another", round_number=1)
+    assert releases_in(spent) == before
 
 
 def test_a_new_run_on_a_partly_spent_ledger(tmp_path):
@@ -138,11 +159,11 @@ def test_a_new_run_on_a_partly_spent_ledger(tmp_path):
     short = msgspec.structs.replace(TRAINING, rounds=2)
     half = PRIVACY.epsilon / 2
     path, state = tmp_path / LEDGER, heart_model().state_dict()
-    first, second = new_trainer(Ledger(path), training=short, epsilon=half), None
+    first, second = new_trainer(ledger_in(path), training=short, epsilon=half), None
     for number in (1, 2):
         first.train(state, run="first", round_number=number)
     assert first.epsilon <= half
-    second = new_trainer(Ledger(path), training=short)
+    second = new_trainer(ledger_in(path), training=short)
     for number in (1, 2):
         second.train(state, run="second", round_number=number)
     assert 0.99 * PRIVACY.epsilon <= second.epsilon <= PRIVACY.epsilon
@@ -155,18 +176,127 @@ def test_a_round_is_booked_before_it_is_trained(tmp_path, monkeypatch):
     seen = []
 
     def crash(*_, **__):
-        seen.append(len(Ledger(tmp_path / LEDGER).releases))
+        seen.append(len(releases_in(tmp_path / LEDGER)))
         raise KeyboardInterrupt
 
     monkeypatch.setattr("sites.trainer.train_private", crash)
     one_round = msgspec.structs.replace(TRAINING, rounds=1)
-    trainer = new_trainer(Ledger(tmp_path / LEDGER), training=one_round)
+    trainer = new_trainer(ledger_in(tmp_path / LEDGER), training=one_round)
     with pytest.raises(KeyboardInterrupt):
         trainer.train(heart_model().state_dict(), run="run", round_number=1)
     with pytest.raises(BudgetExhausted):
         trainer.train(heart_model().state_dict(), run="run", round_number=1)
     assert seen == [1]
-    assert len(Ledger(tmp_path / LEDGER).releases) == 1
+    assert len(releases_in(tmp_path / LEDGER)) == 1
+
+
+def test_what_is_booked_of_a_round(tmp_path):
+    """A reservation names consortium, manifest, version, model, cohort, thresholds, clip norm and generator."""
+    one_round = msgspec.structs.replace(TRAINING, rounds=1)
+    parameters = StoppedRound(4).parameters
+    trainer = new_trainer(ledger_in(tmp_path / LEDGER), training=one_round, consortium="c", manifest_sha256="e" * 64)
+    trainer.train(heart_model().state_dict(), run="run", round_number=1, parameters=parameters)
+    (found,) = releases_in(tmp_path / LEDGER)
+    assert (found.consortium, found.manifest_sha256, found.library_version) == ("c", "e" * 64, "0.1.0")
+    assert (found.cohort, found.threshold, found.max_corrupt) == (4, parameters.threshold, parameters.max_corrupt)
+    assert (found.clip_norm, found.unit, found.purpose) == (PRIVACY.clip_norm, "patient", "train")
+    assert found.model_sha256 == model_digest(initial_heart_model()).hex()
+    assert "AES" in found.random_generator
+
+
+def test_the_same_round_asked_again(tmp_path, monkeypatch):
+    """A round whose update is not known to be sent gives the same bytes again, in a new process too, without another
+    reservation or draw; asked from another model it is another release; once it was sent it is refused."""
+    path, state = tmp_path / LEDGER, heart_model().state_dict()
+    first = new_trainer(ledger_in(path), training=msgspec.structs.replace(TRAINING, rounds=2))
+    result = first.train(state, run="run", round_number=1)
+    first.close()
+    again = new_trainer(ledger_in(path))
+    with monkeypatch.context() as patch:
+        patch.delattr("sites.trainer.train_private")
+        repeated = again.train(state, run="run", round_number=1)
+    assert same(repeated.state, result.state)
+    assert repeated.epsilon == result.epsilon == again.epsilon
+    assert len(releases_in(path)) == 1
+    other = again.train(result.state, run="run", round_number=1)
+    assert not same(other.state, result.state)
+    assert len(releases_in(path)) == 2
+    again.mark_sent({("run", 2), ("other", 1)})
+    assert same(again.train(result.state, run="run", round_number=1).state, other.state)
+    again.mark_sent({("run", 1)})
+    for start in (state, result.state):
+        with pytest.raises(ReservationMisused, match="a released round is not trained again"):
+            again.train(start, run="run", round_number=1)
+    assert len(releases_in(path)) == 2
+
+
+@pytest.mark.parametrize("moment", ["reserve", "commit"])
+def test_a_disk_that_fails(tmp_path, monkeypatch, moment):
+    """If the reservation cannot be written, nobody is sampled; if the update cannot, nothing comes out, and what was
+    drawn is paid for."""
+    ledger, drawn = ledger_in(tmp_path / LEDGER), []
+    trainer = new_trainer(ledger, training=msgspec.structs.replace(TRAINING, rounds=2))
+    real = sites.trainer.train_private
+
+    def train(*arguments, **options):
+        drawn.append(options["event"])
+        real(*arguments, **options)
+        ledger._database.execute("PRAGMA query_only = 1")
+
+    monkeypatch.setattr("sites.trainer.train_private", train)
+    if moment == "reserve":
+        ledger._database.execute("PRAGMA query_only = 1")
+    with pytest.raises(LedgerUnavailable, match="readonly"):
+        trainer.train(heart_model().state_dict(), run="run", round_number=1)
+    assert len(drawn) == (moment == "commit")
+    assert [release.event for release in releases_in(tmp_path / LEDGER)] == drawn
+    monkeypatch.setattr("sites.trainer.train_private", real)
+    ledger._database.execute("PRAGMA query_only = 0")
+    trainer.train(heart_model().state_dict(), run="run", round_number=1)
+    assert len(releases_in(tmp_path / LEDGER)) == 1 + len(drawn)
+
+
+def test_a_run_within_the_site_s_own_budget(tmp_path):
+    """A run spends what the manifest says, its noise is chosen for that, and the data's own budget holds over all runs;
+    what a run declares is its own epsilon."""
+    short = msgspec.structs.replace(TRAINING, rounds=1)
+    path, state = tmp_path / LEDGER, heart_model().state_dict()
+    own, epsilons = PrivacyBudget(1.6, 1e-2), []
+    half = msgspec.structs.replace(PRIVACY, epsilon=0.5)
+    for run in ("first", "second"):
+        trainer = new_trainer(ledger_in(path), training=short, privacy=half, budget=own)
+        result = trainer.train(state, run=run, round_number=1)
+        assert 0.99 * 0.5 <= result.epsilon <= 0.5
+        assert trainer.delta == 1e-2
+        epsilons.append(trainer.epsilon)
+        with pytest.raises(BudgetExhausted, match=r"spent by this run .* at most 0\.5 at delta 0\.001"):
+            trainer.train(result.state, run=run, round_number=2)
+    assert epsilons[0] < epsilons[1] <= 1.6
+    tight = new_trainer(ledger_in(path), training=short, privacy=half, budget=PrivacyBudget(epsilons[1], 1e-2))
+    with pytest.raises(BudgetExhausted, match=f"expected at most {epsilons[1]:g} at delta 0.01"):
+        tight.train(state, run="third", round_number=1)
+
+
+def test_the_fingerprint():
+    """The same patients in any order are the same data; another value, label, patient or site's key is not; held-out
+    patients do not count."""
+    order = np.random.default_rng(1).permutation(PATIENTS)
+    name = fingerprint(DATA, SITE)
+    assert len(bytes.fromhex(name)) == 32
+    shuffled = replace(
+        DATA, train_features=DATA.train_features[order], train_labels=DATA.train_labels[order], test_labels=np.zeros(1)
+    )
+    assert fingerprint(shuffled, SITE) == name
+    features, labels = DATA.train_features.copy(), DATA.train_labels.copy()
+    features[3, 4] += 1e-3
+    labels[5] = 1 - labels[5]
+    others = [
+        fingerprint(replace(DATA, train_features=features), SITE),
+        fingerprint(replace(DATA, train_labels=labels), SITE),
+        fingerprint(replace(DATA, train_features=DATA.train_features[1:], train_labels=DATA.train_labels[1:]), SITE),
+        fingerprint(DATA, OTHER),
+    ]
+    assert len({name, *others}) == 5
 
 
 def test_no_ledger():
@@ -178,7 +308,7 @@ def test_no_ledger():
 @pytest.mark.parametrize("privacy", [PRIVACY, CLEAR], ids=["local", "none"])
 def test_the_given_state_stays(tmp_path, privacy):
     """Training leaves the state that it begins with, and former results, as they are."""
-    trainer = new_trainer(Ledger(tmp_path / LEDGER) if privacy is PRIVACY else None, privacy=privacy)
+    trainer = new_trainer(ledger_in(tmp_path / LEDGER) if privacy is PRIVACY else None, privacy=privacy)
     state = {name: torch.full_like(tensor, 0.25) for name, tensor in heart_model().state_dict().items()}
     kept = {name: tensor.clone() for name, tensor in state.items()}
     first = trainer.train(state, run="run", round_number=1).state
@@ -243,9 +373,9 @@ def test_evaluate():
 def test_a_hospital_smaller_than_a_batch(tmp_path):
     """A hospital with fewer patients than a batch samples all of them, and books a sampling rate of 1."""
     large = msgspec.structs.replace(TRAINING, batch_size=1000, rounds=1)
-    trainer = new_trainer(Ledger(tmp_path / LEDGER), training=large)
+    trainer = new_trainer(ledger_in(tmp_path / LEDGER), training=large)
     trainer.train(heart_model().state_dict(), run="run", round_number=1)
-    assert Ledger(tmp_path / LEDGER).events[0].sampling_rate == 1.0
+    assert releases_in(tmp_path / LEDGER)[0].event.sampling_rate == 1.0
 
 
 # From a site's configuration
@@ -291,9 +421,34 @@ def test_a_hospital_s_trainer(tmp_path):
     result = trainer.train(heart_model().state_dict(), run="run", round_number=1)
     assert result.examples == 30
     assert 0.99 <= result.epsilon <= 1.0
-    assert len(Ledger(path.parent / "own" / "state" / LEDGER).releases) == 1
+    found = verify(read_ledger(path.parent / "own" / "state" / LEDGER), public_key=site.keys.identity.public_key)
+    found.check("ledger")
+    assert (found.opening["site"], found.opening["unit"]) == ("switzerland", "patient")
+    (entry,) = (entry for entry in found.entries if entry["kind"] == "reserve")
+    assert (entry["consortium"], entry["manifest_sha256"]) == ("Test", site.manifest.digest.hex())
+    assert (entry["budget_epsilon"], entry["delta"]) == (50.0, 0.1)
+    assert found.head == trainer.ledger_head
     with pytest.raises(BudgetExhausted, match=r"expected at most 1 at delta 0\.001"):
         trainer_for(site).train(heart_model().state_dict(), run="run", round_number=2)
+
+
+def test_consortia_share_a_ledger(tmp_path):
+    """A site in two consortia that names one ledger in both SITE.toml pays for both from one budget, and other data
+    under that ledger is refused."""
+    one_round = msgspec.structs.replace(TRAINING, rounds=1)
+    paths = []
+    for name in ("one", "two"):
+        (tmp_path / name).mkdir()
+        consortium = make_consortium(tmp_path / name, hospitals=True, training=one_round)
+        paths.append(consortium.site_configs["switzerland"])
+    sites_open = [open_site(rewritten(path, ledger=str(tmp_path / "own" / "ledger.sqlite"))) for path in paths]
+    # One hospital has one identity; the consortia of the test have given it two.
+    second = replace(sites_open[1], keys=sites_open[0].keys)
+    trainer_for(sites_open[0]).train(heart_model().state_dict(), run="one", round_number=1)
+    with pytest.raises(BudgetExhausted, match="is spent, expected at most 1 at delta"):
+        trainer_for(second).train(heart_model().state_dict(), run="two", round_number=1)
+    with pytest.raises(LedgerMismatch, match=r"found .*, expected .*; a ledger is of one data set, one unit, one site"):
+        trainer_for(sites_open[1])
 
 
 def test_a_hospital_without_privacy(tmp_path):
