@@ -32,6 +32,7 @@ from dp.gradients import Loss, forget_gradients, refuse_coupled, row_gradients
 from dp.noise import GaussianNoise, csprng
 
 BATCH_ROWS: Final = 256
+PIECE: Final = 1 << 16  # numbers of double precision: 512 KiB
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -58,26 +59,37 @@ class _PatientOptimizer(DPOptimizer):  # type: ignore[misc]  # opacus has no typ
 
     def clip_and_accumulate(self) -> None:
         """Add each patient's mean gradient, clipped and rounded to the grid, to ``summed_grad``."""
-        patients = len(self._counts)
-        squares = [self._of_patients(p).reshape(patients, p.numel()).square().sum(dim=1).cpu() for p in self.params]
-        norms = torch.stack(squares).sum(dim=0).sqrt()
-        factors = (self.max_grad_norm / norms).clamp(max=1.0)
+        squares = torch.zeros(len(self._counts), dtype=torch.float64)
         for p in self.params:
-            gradients = self._of_patients(p)
-            each = (-1, *[1] * p.dim())
-            clipped = gradients * factors.to(p.device).view(each)
-            # Stops one patient's values from turning the sum into NaN, which no clipping bounds.
-            clipped = clipped.masked_fill(~torch.isfinite(norms).to(p.device).view(each), 0.0)
-            total = (clipped / self._noise.grid).round().sum(dim=0) * self._noise.grid
-            p.summed_grad = total if p.summed_grad is None else p.summed_grad + total
+            for _, piece in self._pieces(p):
+                squares += torch.linalg.vector_norm(piece, dim=1).square().cpu()
+        norms = squares.sqrt()
+        # Stops one patient's values from turning the sum into NaN, which no clipping bounds.
+        unfit = ~torch.isfinite(norms)
+        in_steps = (self.max_grad_norm / norms).clamp(max=1.0) / self._noise.grid
+        for p in self.params:
+            if p.summed_grad is None:
+                p.summed_grad = torch.zeros_like(p, dtype=torch.float64, memory_format=torch.contiguous_format)
+            total = p.summed_grad.view(-1)
+            for place, piece in self._pieces(p):
+                steps = piece.mul_(in_steps.to(p.device).unsqueeze(1)).round_()
+                if unfit.any():
+                    steps[unfit.to(p.device)] = 0.0
+                total[place] += steps.sum(dim=0) * self._noise.grid
 
-    def _of_patients(self, p: Tensor) -> Tensor:
-        """The mean gradient (patients, ...) of each patient's rows, in double precision."""
-        rows: Tensor = self._get_flat_grad_sample(p).to(torch.float64)
-        if len(self._owners) == len(self._counts):  # one row each
-            return rows
-        summed = rows.new_zeros((len(self._counts), *p.shape)).index_add_(0, self._owners.to(p.device), rows)
-        return summed / self._counts.to(p.device).view(-1, *[1] * p.dim())
+    def _pieces(self, p: Tensor) -> Iterator[tuple[slice, Tensor]]:
+        """The mean gradient (patients, ...) of each patient's rows in fresh double precision, a few coordinates at a
+        time, so that it stays in the processor's cache."""
+        rows = self._get_flat_grad_sample(p).reshape(len(self._owners), p.numel())
+        width = max(1, PIECE // max(1, len(rows)))
+        for start in range(0, p.numel(), width):
+            place = slice(start, start + width)
+            piece = rows[:, place].to(torch.float64, copy=True)
+            if len(self._owners) != len(self._counts):  # otherwise one row each
+                summed = piece.new_zeros((len(self._counts), piece.shape[1]))
+                piece = summed.index_add_(0, self._owners.to(p.device), piece)
+                piece /= self._counts.to(p.device).unsqueeze(1)
+            yield place, piece
 
     def add_noise(self) -> None:
         """Release each parameter's sum."""

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from dp.errors import UnsupportedEvent
 from dp.events import PoissonSampledGaussian
+from dp.noise import GaussianNoise
 from dp.training import Plan, train_private
 from secureagg.testing import CountingEntropy
 
@@ -176,6 +177,26 @@ def test_the_bound_on_memory_changes_nothing(kind: str, bound: int) -> None:
     pieces = train(model, features, targets, PATIENTS, max_batch_rows=bound, **options)
     np.testing.assert_allclose(pieces, whole, rtol=0, atol=1e-12)
     assert np.abs(whole).max() > 0.1
+
+
+def test_sums_are_exact(monkeypatch) -> None:
+    """What noise is added to lies on the grid, and is the same to the last bit in any order of the patients and cut
+    into any pieces."""
+    sums = []
+
+    def release(noise: GaussianNoise, total: np.ndarray) -> np.ndarray:
+        assert np.array_equal(total / noise.grid, np.rint(total / noise.grid))
+        sums[-1].append(total.copy())
+        return total
+
+    monkeypatch.setattr(GaussianNoise, "release", release)
+    model, (features, targets) = make("linear"), data_for("linear", 60)
+    for order in (torch.arange(60), torch.arange(59, -1, -1)):
+        for piece in (1 << 17, 70, 1):
+            monkeypatch.setattr("dp.training.PIECE", piece)
+            sums.append([])
+            train(model, features[order], targets[order], order.tolist(), z=1.0)
+    assert all(np.array_equal(a, b) for other in sums[1:] for a, b in zip(sums[0], other, strict=True))
 
 
 @pytest.fixture
