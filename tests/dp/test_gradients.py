@@ -106,8 +106,15 @@ def test_losses_that_couple_rows_are_refused(loss, most_rows: int) -> None:
 @pytest.mark.parametrize("loss", [cross_entropy, constant_weights])
 @pytest.mark.parametrize("most_rows", [1, 2, 256])
 def test_sums_over_rows_pass(loss, most_rows: int) -> None:
-    """A loss that is a sum over rows passes, however many rows there are to try it on."""
-    check(make(), loss, features(), classes(), most_rows)
+    """A loss that is a sum over rows passes, and is tried on no more rows at once than a batch may have."""
+    rows = []
+
+    def noted(predictions: Tensor, targets: Tensor) -> Tensor:
+        rows.append(len(targets))
+        return loss(predictions, targets)
+
+    check(make(), noted, features(), classes(), most_rows)
+    assert max(rows) == min(most_rows, 12)
 
 
 def test_coupled_training_is_refused_before_it_begins() -> None:
@@ -127,6 +134,16 @@ class Centred(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """(n, ...)."""
         return x - x.mean(dim=0)
+
+
+class Paired(nn.Module):
+    """A layer without parameters that adds every row at an even place to the next one, with no way back."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(n, ...)."""
+        paired = x.clone()
+        paired[1::2] += x[0::2][: len(x) // 2].detach()
+        return paired
 
 
 class Positioned(nn.Module):
@@ -159,11 +176,12 @@ class Borrowing(nn.Module):
     ("layer", "match"),
     [
         (Centred(), "a row whose gradient depends on other rows, expected the sum"),
+        (Paired(), "a row whose gradient depends on other rows, expected the sum"),
         (Positioned(), "positions.weight: found 3 gradients for 12 rows"),
         (Borrowing(calls=False), "owner.weight: found no gradients for 12 rows"),
         (Borrowing(calls=True), "do not add up to the batch's"),
     ],
-    ids=["centred", "positions", "borrowed", "borrowed and called"],
+    ids=["centred", "paired", "positions", "borrowed", "borrowed and called"],
 )
 def test_models_whose_rows_are_not_their_own_are_refused(layer: nn.Module, match: str) -> None:
     """A layer that mixes rows, one without a batch dimension, and a weight used behind Opacus' back are refused; the
