@@ -25,7 +25,7 @@ it (Casacuberta et al., CCS 2022).
 **Why not a finer grid.**  n is not a real number either: numpy's ziggurat draws it from about 2^52 values spaced
 2^-50 s or less around the centre and wider where values are rarer, up to 13.7 s.  Each grid value must be hit by many
 of these for its probability to be right: to about one part in 2^50 g / s, that is in 2^37 / (z sqrt(d)).  For ten
-million coordinates and z = 1 this is 4e-8 per coordinate.  It is what remains between this code and the theorem; a
+million coordinates and z = 1 this is 2e-8 per coordinate.  It is what remains between this code and the theorem; a
 coarser grid makes it smaller, a finer one larger.
 
 Not covered: the time that the ziggurat takes depends on its draws, which a process on the same machine might measure.
