@@ -1,9 +1,9 @@
-"""`python -m benchmarks NAME [options]`: the measurements of this project; NAME is `masking`, `graph` or `recipe`."""
+"""`python -m benchmarks NAME [options]`: the measurements of this project; see NAMES."""
 
 import sys
 from importlib import import_module
 
-NAMES = ("masking", "graph", "recipe")
+NAMES = ("masking", "graph", "noise", "recipe")
 
 if __name__ == "__main__":
     if len(sys.argv) < 2 or sys.argv[1] not in NAMES:

@@ -112,12 +112,6 @@ def refused(model, match: str, *, patients=range(8), plan=None, event=None) -> N
     assert all(torch.equal(before[key], value) for key, value in model.state_dict().items())
 
 
-@pytest.mark.parametrize("patients", [[0, 1, 2, 3, 4, 5, 6, 0], ["a"] * 8, [(1, 2)] * 2 + list(range(6))])
-def test_several_rows_of_one_patient_are_refused(patients):
-    """Two rows with one key would each be clipped as a person, so they are refused with the counts."""
-    refused(make(), f"8 rows of {len(set(patients))} patients", patients=patients)
-
-
 def test_batchnorm_is_refused():
     """A layer that mixes patients is refused with a hint to GroupNorm, wherever it is in the model."""
     refused(make(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Linear(4, 1)), "use GroupNorm")
@@ -131,12 +125,12 @@ def test_a_plan_that_was_not_booked_is_refused(steps, rate):
     refused(make(), rf"{steps} steps.*booked were 2 at 0\.5", plan=plan)
 
 
-@pytest.mark.parametrize("clip", [0.01, 1.0, 3.0, 1e6])
+@pytest.mark.parametrize("clip", [0.01, 1.0, 3.0, 1e4])
 def test_a_step_is_the_clipped_gradient_step(clip):
     """With every patient and hardly any noise, a step is the sum of clipped gradients over n, times the rate."""
     model, (features, targets) = make(), data()
     expected = -0.5 * clipped_sum(model, squared, features, targets, clip) / 8
-    changed = private(model, squared, features, targets, clip=clip, z=HARDLY_ANY / clip)
+    changed = private(model, squared, features, targets, clip=clip, z=1e-6 / clip)
     assert np.allclose(changed, expected, rtol=1e-4, atol=1e-5 * np.abs(expected).max() + 1e-6)
 
 
@@ -178,8 +172,14 @@ def private_options(rows: int, q: float, steps: int) -> dict:
     return {"patients": range(rows), "event": event, "clip_norm": 1.0}
 
 
+@pytest.fixture
+def no_probe(monkeypatch):
+    """For a loss that notes its calls: without those that only find out whether it couples rows."""
+    monkeypatch.setattr("dp.training.refuse_coupled", lambda *_, **__: None)
+
+
 @pytest.mark.parametrize("trainer", ["private", "plain"])
-def test_batches_are_poisson_samples(trainer):
+def test_batches_are_poisson_samples(trainer, no_probe):
     """Each patient is in a step with chance q, independently of the others; false alarm 1e-6 for each of three."""
     rows, q, steps = 40, 0.2, 500
     options = private_options(rows, q, steps) if trainer == "private" else {}
@@ -198,7 +198,7 @@ def test_batches_are_poisson_samples(trainer):
 
 
 @pytest.mark.parametrize("q", [0.3, 1.0])
-def test_divisor_is_the_expected_batch_size(q):
+def test_divisor_is_the_expected_batch_size(q, no_probe):
     """The sum is divided by q n, exactly and not truncated, whatever the size of the batch was."""
     model, (features, _) = make(nn.Linear(3, 1, bias=False)), data(7)
     batches = []
@@ -207,7 +207,7 @@ def test_divisor_is_the_expected_batch_size(q):
         batches.append(targets.tolist())
         return predictions.sum()
 
-    changed = private(model, loss, features, torch.arange(7), q=q, z=1e-12, clip=1e3, seed=3)
+    changed = private(model, loss, features, torch.arange(7), q=q, z=1e-9, clip=1e3, seed=3)
     (batch,) = batches
     assert len(batch) != pytest.approx(7 * 0.3)
     expected = -0.5 * features[batch].numpy().astype(np.float64).sum(axis=0) / (q * 7)
@@ -228,9 +228,9 @@ def test_influence_of_one_patient_is_bounded(q, steps, size):
     )
     most = steps * 0.5 * 0.7 / (q * 8)
     norm = np.linalg.norm(difference)
-    assert norm <= most * (1 + 1e-5) + 1e-6
+    assert norm <= most * (1 + 2**-12) + 1e-6
     if q == 1 and size >= 1:
-        assert norm >= most * (1 - 1e-4) - 1e-6
+        assert norm >= most * (1 - 2**-12) - 1e-6
 
 
 @pytest.mark.parametrize("seed", range(5))
@@ -277,7 +277,7 @@ def test_noise_of_parameters_is_independent():
 
 
 @pytest.mark.parametrize("steps", [1, 3])
-def test_an_empty_batch_is_noised(steps):
+def test_an_empty_batch_is_noised(steps, no_probe):
     """Steps in which nobody is sampled never see data, and still add noise of the full scale, false alarm 1e-6."""
     model, q = make(nn.Linear(100, 100)), 1e-9
     nn.utils.vector_to_parameters(torch.zeros(10100), model.parameters())
@@ -298,28 +298,28 @@ def test_injected_entropy_reproduces():
 
 
 def test_global_seeds_do_not_decide_the_noise():
-    """Two runs under the same torch and numpy seeds differ in every parameter."""
-    features, targets = data()
+    """Two sites that train under the same torch and numpy seeds add uncorrelated noise, false alarm 1e-6."""
+    features, targets = torch.zeros(8, 100), torch.zeros(8, 1)
     runs = []
     for _ in range(2):
-        model = make()
+        model = make(nn.Linear(100, 200))
         with torch.random.fork_rng():
             torch.manual_seed(7)
             np.random.seed(7)
             train_private(
                 model,
-                squared,
+                nothing,
                 features,
                 targets,
                 plan=Plan(steps=1, learning_rate=0.5, sampling_rate=1.0),
                 **private_options(8, 1.0, 1),
             )
-        runs.append(vector(model))
-    assert not np.any(runs[0] == runs[1])
+        runs.append(vector(model) - vector(make(nn.Linear(100, 200))))
+    assert abs(np.corrcoef(*runs)[0, 1]) < stats.norm.isf(FALSE_ALARM / 2) / np.sqrt(20200)
 
 
 @pytest.mark.parametrize("trainer", ["private", "plain"])
-def test_global_seeds_do_not_decide_the_batches(trainer):
+def test_global_seeds_do_not_decide_the_batches(trainer, no_probe):
     """Two runs under the same torch and numpy seeds sample other patients; equal by chance in 2^-200."""
     options = private_options(100, 0.5, 2) if trainer == "private" else {}
     train = train_private if trainer == "private" else train_plain
