@@ -1,6 +1,7 @@
 """Differential privacy at a site: what was released, what it costs, whether more may be released, and how.
 
-``events`` (frozen descriptions of mechanisms), ``accountants`` (events to epsilon), ``ledger`` (the durable record),
-``budget`` (the guard that refuses), ``noise`` (from a CSPRNG), ``gradients`` (each row's own, or refused), ``training``
-(DP-SGD through Opacus) and ``survival`` (a loss that is a sum over patients).
+``events`` (frozen descriptions of mechanisms), ``accountants`` (events to epsilon), ``ledger`` (the durable record, of
+rows that ``chain`` lets anybody check and ``rows`` keeps in files), ``budget`` (the guard that refuses), ``noise``
+(from a CSPRNG), ``gradients`` (each row's own, or refused), ``training`` (DP-SGD through Opacus), ``survival`` (a loss
+that is a sum over patients), ``planning`` (what a run will cost) and ``audit`` (what guesses prove).
 """

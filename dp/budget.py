@@ -116,7 +116,7 @@ class BudgetGuard:
             noise = f"{event.steps} steps with a noise multiplier of {_rounded_up(least):g} or more"
         except BudgetExhausted:
             noise = f"no noise multiplier makes {event.steps} steps fit"
-        return f"at the same noise multiplier of {event.noise_multiplier:.4g} {low} steps would fit, and {noise}"
+        return f"at the same noise multiplier, {event.noise_multiplier:.4g}, {low} steps would fit, and {noise}"
 
 
 def _rounded_up(number: float) -> float:

@@ -10,21 +10,21 @@ So no reservation ever stands for two draws of the noise, and no released round 
 The rows are chained and signed (``dp.chain``) in one SQLite file, whose transactions are on the disk when they end.
 """
 
-import json
 import secrets
 import sqlite3
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import closing, contextmanager, suppress
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, fields
 from datetime import UTC, datetime
 from hashlib import sha256
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Final, Literal, Self
+from typing import Final, Literal, Self
 
 from dp.chain import FORMAT, GENESIS, Entry, Kind, Row, Signer, Verification, Verifier, new_row, verify
 from dp.errors import LedgerMismatch, LedgerTampered, LedgerUnavailable, ReservationMisused
 from dp.events import PoissonSampledGaussian
+from dp.rows import COLUMNS, SCHEMA, read_export, read_ledger, restore, row_of, text_of, verify_export, write_export
 
 __all__ = [
     "Claim",
@@ -44,14 +44,6 @@ __all__ = [
 ]
 
 BUSY_SECONDS: Final = 60.0
-_SCHEMA: Final = {
-    "outbox": "CREATE TABLE outbox (reservation INTEGER PRIMARY KEY, content BLOB NOT NULL)",
-    "rows": (
-        "CREATE TABLE rows (sequence INTEGER PRIMARY KEY, previous TEXT NOT NULL, body TEXT NOT NULL, "
-        "hash TEXT NOT NULL, signature TEXT NOT NULL)"
-    ),
-}
-_COLUMNS: Final = "sequence, previous, body, hash, signature"
 _MECHANISMS: Final = {kind.__name__: kind for kind in (PoissonSampledGaussian,)}
 
 
@@ -300,7 +292,7 @@ class Ledger:
         with self._reported():
             (mode,) = self._database.execute("PRAGMA journal_mode=WAL").fetchone()
             self._database.execute("PRAGMA synchronous=FULL")
-            self._database.text_factory = _text
+            self._database.text_factory = text_of
         if mode != "wal":
             raise LedgerUnavailable(f"{self._who}: journal mode {mode}, expected wal; keep it on a local disk")
         row = None
@@ -352,19 +344,19 @@ class Ledger:
     def _check_tables(self, *, new: bool) -> None:
         found = dict(self._database.execute("SELECT name, sql FROM sqlite_master"))
         if new and not found:
-            for statement in _SCHEMA.values():
+            for statement in SCHEMA.values():
                 self._database.execute(statement)
         # Stops triggers that undo what is written, and tables that were taken away and begun anew.
-        elif found != _SCHEMA:
-            differing = sorted(name for name in found.keys() | _SCHEMA.keys() if found.get(name) != _SCHEMA.get(name))
+        elif found != SCHEMA:
+            differing = sorted(name for name in found.keys() | SCHEMA.keys() if found.get(name) != SCHEMA.get(name))
             raise LedgerTampered(f"{self._who}: {', '.join(differing)} altered, expected the tables rows and outbox")
         # Stops a ledger whose rows were all removed from passing for a new one.
         elif self._verifier.last is None and self._database.execute("SELECT count(*) FROM rows").fetchone() == (0,):
             raise LedgerTampered(f"{self._who}, row 1: is missing: there are no rows")
 
     def _rows(self, where: str = "1") -> list[Row]:
-        found = self._database.execute(f"SELECT {_COLUMNS} FROM rows WHERE {where} ORDER BY sequence")  # noqa: S608
-        return [_row(values) for values in found]
+        found = self._database.execute(f"SELECT {COLUMNS} FROM rows WHERE {where} ORDER BY sequence")  # noqa: S608
+        return [row_of(values) for values in found]
 
     def _read_new(self) -> None:
         """Take the rows behind the last one that is known, which must still be there."""
@@ -393,7 +385,7 @@ class Ledger:
         }
         row = new_row(entry, previous=self.head, signer=self._signer)
         self._database.execute(
-            f"INSERT INTO rows ({_COLUMNS}) VALUES (?, ?, ?, ?, ?)",  # noqa: S608
+            f"INSERT INTO rows ({COLUMNS}) VALUES (?, ?, ?, ?, ?)",  # noqa: S608
             (row.sequence, row.previous, row.body, row.hash, row.signature),
         )
         return row
@@ -433,86 +425,6 @@ class Ledger:
 
     def _superseded_by(self, run: str) -> list[int]:
         return [number for number, committed in self._unsent.items() if committed.release.run == run]
-
-
-# --- elsewhere: on an officer's machine, or a new one of the site ---
-
-
-def read_ledger(path: Path) -> list[Row]:
-    """The rows of a ledger's file, unchecked, without changing it; LedgerUnavailable or LedgerTampered if it has
-    none."""
-    # A file that no program has open may lie where nothing can be written.
-    whole = not path.with_name(f"{path.name}-wal").exists()
-    try:
-        with closing(sqlite3.connect(f"{path.absolute().as_uri()}?mode=ro{'&immutable=1' * whole}", uri=True)) as file:
-            file.text_factory = _text
-            return [_row(values) for values in file.execute(f"SELECT {_COLUMNS} FROM rows ORDER BY sequence")]  # noqa: S608
-    except sqlite3.DatabaseError as error:
-        if isinstance(error, sqlite3.OperationalError) and error.sqlite_errorcode != sqlite3.SQLITE_ERROR:
-            raise LedgerUnavailable(f"ledger {path}: {error}, expected a ledger that can be read") from error
-        raise LedgerTampered(f"ledger {path}: {error}, expected the SQLite file that was written") from error
-
-
-def write_export(path: Path, rows: Iterable[Row]) -> None:
-    """Write rows as JSON Lines; LedgerUnavailable if that fails."""
-    try:
-        path.write_text("".join(json.dumps(asdict(row), sort_keys=True) + "\n" for row in rows))
-    except OSError as error:
-        raise LedgerUnavailable(f"export {path}: {error.strerror}, expected a file that can be written") from error
-
-
-def read_export(path: Path) -> list[Row]:
-    """The rows of an exported ledger, unchecked; LedgerUnavailable or LedgerTampered, with the line, if it is none."""
-    try:
-        lines = path.read_bytes().splitlines()
-    except OSError as error:
-        raise LedgerUnavailable(f"export {path}: {error.strerror}, expected a file that can be read") from error
-    rows = []
-    for number, line in enumerate(lines, start=1):
-        try:
-            values = json.loads(line)
-            rows.append(_row([values.pop(field.name) for field in fields(Row)]))
-            in_form = not values
-        except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
-            in_form = False
-        if not in_form:
-            raise LedgerTampered(f"export {path}, line {number}: not a row as a ledger exports it")
-    return rows
-
-
-def verify_export(path: Path, *, head: str | None = None, public_key: bytes | None = None) -> Verification:
-    """Check an exported ledger; see ``verify``."""
-    return verify(read_export(path), head=head, public_key=public_key)
-
-
-def restore(export: Path, path: Path, *, head: str | None = None, public_key: bytes | None = None) -> None:
-    """Make the ledger's file from an export, after checking it; LedgerUnavailable if there is one already."""
-    rows = read_export(export)
-    verify(rows, head=head, public_key=public_key).check(f"export {export}")
-    # Stops a ledger from being replaced by an older state of itself.
-    if path.exists():
-        raise LedgerUnavailable(f"ledger {path}: exists already, expected a new file; nothing was restored")
-    try:
-        with closing(sqlite3.connect(path, isolation_level=None)) as file:
-            file.execute("PRAGMA journal_mode=WAL")
-            file.execute("PRAGMA synchronous=FULL")
-            file.execute("BEGIN IMMEDIATE")
-            for statement in _SCHEMA.values():
-                file.execute(statement)
-            values = [(row.sequence, row.previous, row.body, row.hash, row.signature) for row in rows]
-            file.executemany(f"INSERT INTO rows ({_COLUMNS}) VALUES (?, ?, ?, ?, ?)", values)  # noqa: S608
-            file.execute("COMMIT")
-    except sqlite3.OperationalError as error:
-        raise LedgerUnavailable(f"ledger {path}: {error}, expected a file that can be written") from error
-
-
-def _text(data: bytes) -> str:
-    return data.decode("utf-8", "replace")
-
-
-def _row(values: Sequence[Any]) -> Row:
-    sequence, *texts = values
-    return Row(int(sequence), *(str(text) for text in texts))
 
 
 def _round_of(release: Release) -> tuple[str, int, str | None]:

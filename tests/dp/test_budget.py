@@ -70,7 +70,7 @@ def test_what_does_not_fit_is_refused(path: Path) -> None:
     text = str(refused.value)
     assert text.startswith(
         f"privacy budget, round 2 of run run: epsilon {spent:.4g} is spent and 5 more steps would make it {asked:.4g}, "
-        f"expected at most {budget:g} at delta 0.001; at the same noise multiplier of 4 3 steps would fit, and 5 steps "
+        f"expected at most {budget:g} at delta 0.001; at the same noise multiplier, 4, 3 steps would fit, and 5 steps "
         "with a noise multiplier of "
     )
     entry = bodies(path)[-1]
@@ -99,7 +99,7 @@ def test_nothing_fits(path: Path) -> None:
     """Where the budget is used up, the refusal says that no step fits and no noise helps."""
     guard = guard_of(path, 1.0001 * rdp_epsilon([EVENT], DELTA))
     guard.authorize(release(1))
-    with pytest.raises(BudgetExhausted, match="4 0 steps would fit, and no noise multiplier makes 5 steps fit"):
+    with pytest.raises(BudgetExhausted, match="4, 0 steps would fit, and no noise multiplier makes 5 steps fit"):
         guard.authorize(release(2))
 
 

@@ -315,6 +315,14 @@ def test_a_decision_excludes_others(path: Path) -> None:
     assert seen == [4]
 
 
+def test_a_mistake_in_a_program_is_not_tampering(path: Path) -> None:
+    """A ledger that is used after it was closed says just that, and does not call the file tampered with."""
+    ledger = open_ledger(path)
+    ledger.close()
+    with pytest.raises(sqlite3.ProgrammingError, match="closed"):
+        reserve(ledger, 4)
+
+
 def test_a_decision_that_fails(path: Path) -> None:
     """What ``judge`` raises is passed on, nothing is written, and the ledger can be used again."""
 
