@@ -1,4 +1,4 @@
-"""The command line: `secureagg keygen | consortium | coordinator | site | demo`.
+"""The command line: `secureagg keygen | consortium | coordinator | site | budget | demo`.
 
 Every failure that a user can cause is one sentence on standard error and exit status 1; a wrong option is status 2.
 What takes seconds to import is imported inside the command that needs it.
@@ -17,6 +17,7 @@ from rich.markup import escape
 
 from dp.errors import PrivacyError
 from secureagg import SecureAggregationError
+from sites.budget_cli import budget_app
 from sites.errors import SiteError
 from transport import TransportError
 
@@ -33,6 +34,7 @@ app = typer.Typer(
 )
 consortium_app = typer.Typer(help="Create, sign and read the manifest that all sites agree on.", no_args_is_help=True)
 app.add_typer(consortium_app, name="consortium")
+app.add_typer(budget_app, name="budget")
 
 out = Console(highlight=False)
 
