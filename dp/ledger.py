@@ -35,6 +35,7 @@ __all__ = [
     "Row",
     "Signer",
     "Verification",
+    "events_in",
     "read_export",
     "read_ledger",
     "restore",
@@ -44,6 +45,7 @@ __all__ = [
 ]
 
 BUSY_SECONDS: Final = 60.0
+RESERVED: Final = "reserved"  # the decision of a row that counts as spent
 _MECHANISMS: Final = {kind.__name__: kind for kind in (PoissonSampledGaussian,)}
 
 
@@ -409,7 +411,7 @@ class Ledger:
             case "open":
                 self._opening = entry
             case "reserve":
-                if entry["decision"] == "reserved":
+                if entry["decision"] == RESERVED:
                     self._reserved[entry["sequence"]] = _release_of(entry)
             case "commit":
                 number, digest = entry["reservation"], entry["update_sha256"]
@@ -425,6 +427,17 @@ class Ledger:
 
     def _superseded_by(self, run: str) -> list[int]:
         return [number for number, committed in self._unsent.items() if committed.release.run == run]
+
+
+def events_in(path: Path) -> tuple[PoissonSampledGaussian, ...]:
+    """What all that is reserved in a ledger's file cost, for whoever has no key: nothing is changed, all is checked.
+
+    Raises LedgerUnavailable if it cannot be read, LedgerTampered if it is not as the site wrote it.
+    """
+    checked = verify(read_ledger(path))
+    checked.check(f"ledger {path}")
+    reserved = (entry for entry in checked.entries if entry["kind"] == "reserve" and entry["decision"] == RESERVED)
+    return tuple(_release_of(entry).event for entry in reserved)
 
 
 def _round_of(release: Release) -> tuple[str, int, str | None]:
@@ -446,4 +459,4 @@ def _claim_fields(claim: Claim) -> dict[str, object]:
     """A claim as a row's fields; JSON has no infinity, so that one is written as its name."""
     numbers = {name: value for name, value in asdict(claim).items() if value is not None}
     written = {name: str(value) if value == float("inf") else value for name, value in numbers.items()}
-    return {**written, "decision": "reserved" if claim.refused is None else "refused"}
+    return {**written, "decision": RESERVED if claim.refused is None else "refused"}

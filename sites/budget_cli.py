@@ -1,0 +1,148 @@
+"""The command line's `budget` commands; what takes a second to import is imported inside them."""
+
+import json
+import math
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Final
+
+import typer
+from rich.console import Console
+
+if TYPE_CHECKING:
+    from dp.planning import BudgetPlan
+
+budget_app = typer.Typer(help="What training will cost a site's privacy budget.", no_args_is_help=True)
+out = Console(highlight=False)
+
+_ROUNDS_SHOWN: Final = 20
+
+
+@budget_app.callback()
+def _budget() -> None:
+    """Keeps `plan` a sub-command also while it is the only one."""
+
+
+def _positive(value: float) -> float:
+    if not (math.isfinite(value) and value > 0):
+        raise typer.BadParameter(f"{value} is not a finite number above 0.")
+    return value
+
+
+def _probability(value: float) -> float:
+    if not 0 < value < 1:
+        raise typer.BadParameter(f"{value} is not above 0 and below 1.")
+    return value
+
+
+def _svg(value: Path | None) -> Path | None:
+    if value is not None and value.suffix.lower() != ".svg":
+        raise typer.BadParameter(f"{value} does not end in .svg, the one format that is written.")
+    return value
+
+
+@budget_app.command(
+    name="plan",
+    epilog="[bold]Example[/bold]: [cyan]secureagg budget plan --patients 30 --batch 8 --rounds 10 --steps 2 "
+    "--epsilon 1 --delta 0.001[/cyan]",
+)
+def plan_command(
+    patients: Annotated[int, typer.Option(min=1, help="Patients that the site trains on.")],
+    batch: Annotated[int, typer.Option(min=1, help="Expected patients in a step.")],
+    rounds: Annotated[int, typer.Option(min=1, max=100_000, help="Training rounds.")],
+    steps: Annotated[int, typer.Option(min=1, max=1_000_000, help="Steps of the site in a round.")],
+    epsilon: Annotated[float, typer.Option(callback=_positive, help="The most that the site spends, ledger included.")],
+    delta: Annotated[float, typer.Option(callback=_probability, help="The delta that goes with epsilon.")],
+    clip_norm: Annotated[float, typer.Option(callback=_positive, help="Bound on one patient's gradient.")] = 1.0,
+    ledger: Annotated[
+        Path | None, typer.Option(exists=True, dir_okay=False, help="The site's ledger: what it has spent.")
+    ] = None,
+    json_file: Annotated[Path | None, typer.Option("--json", help="Also write the plan to this file.")] = None,
+    plot: Annotated[
+        Path | None, typer.Option(callback=_svg, help="Also draw epsilon over the rounds into this .svg file.")
+    ] = None,
+) -> None:
+    """Show the noise that a plan needs, epsilon after each round, and what other batch sizes would cost."""
+    from dp.ledger import events_in  # noqa: PLC0415
+    from dp.planning import plan  # noqa: PLC0415
+    from sites.files import write_atomic  # noqa: PLC0415
+    from sites.plots import epsilon_plot  # noqa: PLC0415
+
+    planned = plan(
+        patients=patients,
+        batch_size=batch,
+        rounds=rounds,
+        steps=steps,
+        epsilon=epsilon,
+        delta=delta,
+        clip_norm=clip_norm,
+        spent=() if ledger is None else events_in(ledger),
+    )
+    _print(planned)
+    if json_file is not None:
+        write_atomic(json_file, json.dumps(_finite(asdict(planned)), indent=2).encode() + b"\n")
+        out.print(f"{json_file}  the plan", soft_wrap=True)
+    if plot is not None:
+        title = f"Epsilon by RDP at delta {delta:g}: {patients} patients, batch {batch}"
+        write_atomic(plot, epsilon_plot(planned.after_round, spent=planned.spent, budget=epsilon, title=title).encode())
+        out.print(f"{plot}  epsilon over the rounds", soft_wrap=True)
+
+
+def _finite(value: Any) -> Any:  # noqa: ANN401  JSON is of any type
+    """With null for infinity, which JSON does not know: an accountant that shows no bound."""
+    if isinstance(value, dict):
+        return {name: _finite(entry) for name, entry in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(entry) for entry in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _print(plan: "BudgetPlan") -> None:
+    from rich.table import Table  # noqa: PLC0415
+
+    chosen = plan.planned
+    out.print(
+        f"Noise multiplier {chosen.noise_multiplier:.4g} keeps {plan.rounds} rounds of {plan.steps} steps within "
+        f"epsilon {plan.epsilon:g} at delta {plan.delta:g}; {plan.spent:.4g} is spent already.",
+        soft_wrap=True,
+    )
+    if plan.delta * plan.patients >= 1:
+        out.print(
+            f"Delta {plan.delta:g} is not below 1/{plan.patients}: it allows a mechanism that publishes a patient.",
+            soft_wrap=True,
+        )
+    out.print("\nOther batch sizes, each with the noise that fits:")
+    table = Table()
+    table.add_column("batch", justify="right")
+    table.add_column("chance to be in a step", justify="right")
+    table.add_column("noise multiplier", justify="right")
+    table.add_column(f"noise on the mean gradient (clip norm {plan.clip_norm:g})", justify="right")
+    table.add_column(f"epsilon at noise {chosen.noise_multiplier:.4g}", justify="right")
+    for row in plan.what_if:
+        table.add_row(
+            f"{row.batch_size}{' (all)' if row.sampling_rate == 1 else ''}",
+            f"{row.sampling_rate:.3f}",
+            f"{row.noise_multiplier:.4g}",
+            f"{row.noise_on_mean:.4g}",
+            f"{row.epsilon_at_planned_noise:.4g}",
+            style="bold" if row == chosen else None,
+        )
+    out.print(table)
+    out.print("\nEpsilon after each round, by RDP:")
+    table = Table()
+    table.add_column("round", justify="right")
+    table.add_column("epsilon", justify="right")
+    apart = math.ceil(plan.rounds / _ROUNDS_SHOWN)
+    for number, epsilon in enumerate(plan.after_round, start=1):
+        if number % apart == 0 or number == plan.rounds:
+            table.add_row(str(number), f"{epsilon:.4f}")
+    out.print(table)
+    out.print("\nAll rounds together, by three accountants:")
+    table = Table()
+    table.add_column("accountant")
+    table.add_column("epsilon", justify="right")
+    table.add_column("library")
+    for total in plan.totals:
+        shown = f"{total.epsilon:.4f}" if math.isfinite(total.epsilon) else "not computed"
+        table.add_row(f"{total.name}{' (decides)' if total.name == 'RDP' else ''}", shown, total.version)
+    out.print(table)
