@@ -38,6 +38,7 @@ __all__ = [
     "events_in",
     "read_export",
     "read_ledger",
+    "release_of",
     "restore",
     "verify",
     "verify_export",
@@ -412,7 +413,7 @@ class Ledger:
                 self._opening = entry
             case "reserve":
                 if entry["decision"] == RESERVED:
-                    self._reserved[entry["sequence"]] = _release_of(entry)
+                    self._reserved[entry["sequence"]] = release_of(entry)
             case "commit":
                 number, digest = entry["reservation"], entry["update_sha256"]
                 release = self._reserved[number]
@@ -437,7 +438,7 @@ def events_in(path: Path) -> tuple[PoissonSampledGaussian, ...]:
     checked = verify(read_ledger(path))
     checked.check(f"ledger {path}")
     reserved = (entry for entry in checked.entries if entry["kind"] == "reserve" and entry["decision"] == RESERVED)
-    return tuple(_release_of(entry).event for entry in reserved)
+    return tuple(release_of(entry).event for entry in reserved)
 
 
 def _round_of(release: Release) -> tuple[str, int, str | None]:
@@ -449,7 +450,8 @@ def _release_fields(release: Release) -> dict[str, object]:
     return {**known, "event": {"mechanism": type(release.event).__name__, **asdict(release.event)}}
 
 
-def _release_of(entry: Entry) -> Release:
+def release_of(entry: Entry) -> Release:
+    """The release that a verified row of kind "reserve" describes."""
     known = {field.name: entry[field.name] for field in fields(Release) if field.name in entry}
     event = dict(entry["event"])
     return Release(**{**known, "event": _MECHANISMS[event.pop("mechanism")](**event)})

@@ -10,17 +10,15 @@ import typer
 from rich.console import Console
 
 if TYPE_CHECKING:
+    from dp.chain import Row, Verification
     from dp.planning import BudgetPlan
 
-budget_app = typer.Typer(help="What training will cost a site's privacy budget.", no_args_is_help=True)
+budget_app = typer.Typer(
+    help="What training will cost a site's privacy budget, and what it has cost.", no_args_is_help=True
+)
 out = Console(highlight=False)
 
 _ROUNDS_SHOWN: Final = 20
-
-
-@budget_app.callback()
-def _budget() -> None:
-    """Keeps `plan` a sub-command also while it is the only one."""
 
 
 def _positive(value: float) -> float:
@@ -86,6 +84,94 @@ def plan_command(
         title = f"Epsilon by RDP at delta {delta:g}: {patients} patients, batch {batch}"
         write_atomic(plot, epsilon_plot(planned.after_round, spent=planned.spent, budget=epsilon, title=title).encode())
         out.print(f"{plot}  epsilon over the rounds", soft_wrap=True)
+
+
+@budget_app.command(
+    name="check",
+    epilog="[bold]Example[/bold]: [cyan]secureagg budget check ledger.sqlite --roster manifest.toml --head HEAD[/cyan]",
+)
+def check_command(
+    ledger: Annotated[Path, typer.Argument(help="A ledger's ledger.sqlite, or what `ledger export` wrote.")],
+    roster: Annotated[
+        Path | None, typer.Option(help="A manifest that lists the site: the ledger must be signed by its key.")
+    ] = None,
+    head: Annotated[
+        str | None, typer.Option(help="A head that was noted earlier: no row up to it may be missing.")
+    ] = None,
+) -> None:
+    """Check a ledger without trusting it: chain, signatures, and every claimed epsilon, recomputed.
+
+    Status 0 only if all of it holds.
+    """
+    from dp.claims import recompute  # noqa: PLC0415
+    from dp.errors import LedgerTampered  # noqa: PLC0415
+
+    rows = read_rows(ledger)
+    key = None if roster is None else _key_in(roster, site=str(verified(ledger, rows).opening["site"]))
+    found = verified(ledger, rows, public_key=key, head=head)
+    print_verified(found)
+    if roster is None:
+        out.print("Without --roster nothing says whose key this is.", soft_wrap=True)
+    checked = recompute(found.entries)
+    for text in checked.wrong:
+        out.print(text, soft_wrap=True, markup=False)
+    if checked.wrong:
+        raise LedgerTampered(f"ledger {ledger}: {len(checked.wrong)} of its claims do not hold")
+    if checked.delta is None:
+        out.print("Nothing was released.")
+        return
+    out.print(
+        f"claims recomputed: {checked.claims}; all hold; epsilon {checked.claimed:.4g} at delta {checked.delta:g}"
+    )
+    for total in checked.totals:
+        shown = f"{total.epsilon:.4g}" if math.isfinite(total.epsilon) else "not computed"
+        out.print(f"{total.accountant}: {shown} ({total.version})", soft_wrap=True, markup=False)
+
+
+def _key_in(roster: Path, *, site: str) -> bytes:
+    """The signing key that a manifest, signed by all its sites, lists for ``site``."""
+    from secureagg.identity import site_id  # noqa: PLC0415
+    from sites.errors import ManifestError  # noqa: PLC0415
+    from sites.manifest import Manifest  # noqa: PLC0415
+
+    manifest = Manifest.load(roster)
+    manifest.check()
+    name = site_id(site)
+    if name not in manifest.roster:
+        raise ManifestError(f"{roster}: lists {', '.join(manifest.roster)}, expected {site}, whose ledger this is")
+    return manifest.roster[name].signing_key
+
+
+def read_rows(path: Path) -> "list[Row]":
+    """The rows of a ledger's file or of an export, unchecked."""
+    from dp.ledger import read_export, read_ledger  # noqa: PLC0415
+
+    is_database = path.is_file() and path.read_bytes()[:16] == b"SQLite format 3\0"
+    return read_ledger(path) if is_database or path.suffix == ".sqlite" else read_export(path)
+
+
+def verified(
+    path: Path, rows: "list[Row]", *, public_key: bytes | None = None, head: str | None = None
+) -> "Verification":
+    """What the rows of ``path`` hold; says what is wrong, by row, and raises LedgerTampered if anything is."""
+    from dp.ledger import verify  # noqa: PLC0415
+
+    found = verify(rows, head=head, public_key=public_key)
+    for problem in found.problems:
+        out.print(f"row {problem.row}, {problem.what}: {problem.text}", soft_wrap=True, markup=False)
+    found.check(f"ledger {path}")
+    return found
+
+
+def print_verified(found: "Verification") -> None:
+    """Say whose ledger this is, of which data, and its head."""
+    opening = found.opening
+    for text in (
+        f"{len(found.entries)} rows, all in place and signed by {opening['site']}, key {opening['public_key']}",
+        f"data {opening['dataset']}, unit {opening['unit']}",
+        f"head {found.head}",
+    ):
+        out.print(text, soft_wrap=True, markup=False)
 
 
 def _finite(value: Any) -> Any:  # noqa: ANN401  JSON is of any type

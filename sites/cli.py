@@ -17,7 +17,7 @@ from rich.markup import escape
 
 from dp.errors import PrivacyError
 from secureagg import SecureAggregationError
-from sites.budget_cli import budget_app
+from sites.budget_cli import budget_app, print_verified, read_rows, verified
 from sites.errors import SiteError
 from transport import TransportError
 
@@ -308,19 +308,11 @@ def restore_ledger(
 
 def _verified(path: Path, card: Path | None, head: str | None) -> "list[Row]":
     """The rows of a ledger or an export, after saying what they are; LedgerTampered if anything is wrong."""
-    from dp.ledger import read_export, read_ledger, verify  # noqa: PLC0415
     from sites.keys import load_card  # noqa: PLC0415
 
-    is_database = path.is_file() and path.read_bytes()[:16] == b"SQLite format 3\0"
-    rows = read_ledger(path) if is_database or path.suffix == ".sqlite" else read_export(path)
-    found = verify(rows, head=head, public_key=None if card is None else load_card(card).signing_key)
-    for problem in found.problems:
-        _say(f"row {problem.row}, {problem.what}: {problem.text}")
-    found.check(f"ledger {path}")
-    opening = found.opening
-    _say(f"{len(rows)} rows, all in place and signed by {opening['site']}, key {opening['public_key']}")
-    _say(f"data {opening['dataset']}, unit {opening['unit']}")
-    _say(f"head {found.head}")
+    rows = read_rows(path)
+    key = None if card is None else load_card(card).signing_key
+    print_verified(verified(path, rows, public_key=key, head=head))
     return rows
 
 

@@ -8,10 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from support.ledgers import allow, open_ledger
+from support.consortium import make_consortium
+from support.ledgers import allow, open_ledger, release
 
+from dp.budget import BudgetGuard, PrivacyBudget
 from dp.events import PoissonSampledGaussian
-from dp.ledger import Release
+from dp.ledger import Ledger, Release
 from sites import budget_cli, cli
 
 Run = Callable[..., tuple[int, str, str]]
@@ -144,3 +146,46 @@ def test_a_file_that_cannot_be_written(run: Run, tmp_path: Path) -> None:
     assert status == 1
     assert error.startswith("Error: ")
     assert "plan.json: cannot be written" in error
+
+
+def checked(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], *words: str) -> tuple[int, str, str]:
+    """Status, output and error output of `budget check`."""
+    monkeypatch.setattr(sys, "argv", ["secureagg", "budget", "check", *words])
+    capfd.readouterr()
+    with pytest.raises(SystemExit) as ended:
+        cli.main()
+    captured = capfd.readouterr()
+    return int(ended.value.code or 0), captured.out, captured.err
+
+
+def test_check(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> None:
+    """A ledger that holds has status 0 and three figures; one that claims too little, or ends too early, status 1."""
+    path = tmp_path / "ledger.sqlite"
+    ledger = open_ledger(path)
+    guard = BudgetGuard(PrivacyBudget(1.0, 1e-3), ledger)
+    guard.authorize(release(1))
+    status, out, _ = checked(monkeypatch, capfd, str(path), "--head", ledger.head)
+    assert status == 0
+    assert "claims recomputed: 1; all hold" in out
+    assert re.search(r"RDP: 0\.\d+ .*\nPRV: 0\.\d+ .*\nPLD: 0\.\d+ ", out)
+    status, _, error = checked(monkeypatch, capfd, str(path), "--head", "0" * 63 + "1")
+    assert (status, "head" in error) == (1, True), error
+    ledger.reserve(release(2), allow)
+    status, out, error = checked(monkeypatch, capfd, str(path))
+    assert status == 1
+    assert "claims epsilon" in out
+    assert "claims do not hold" in error
+
+
+def test_check_against_a_roster(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """With a manifest the ledger has to be signed by the key that it lists for the site."""
+    consortium = make_consortium(tmp_path)
+    own = Ledger(tmp_path / "own.sqlite", dataset="d" * 64, site="a", signer=consortium.keys["a"].identity)
+    other = Ledger(tmp_path / "other.sqlite", dataset="d" * 64, site="a", signer=consortium.keys["b"].identity)
+    own.close(), other.close()
+    roster = ("--roster", str(consortium.manifest_path))
+    assert checked(monkeypatch, capfd, str(tmp_path / "own.sqlite"), *roster)[0] == 0
+    status, _, error = checked(monkeypatch, capfd, str(tmp_path / "other.sqlite"), *roster)
+    assert (status, "key" in error) == (1, True)

@@ -1,0 +1,67 @@
+"""Recomputing what a ledger's rows claim."""
+
+from pathlib import Path
+
+import pytest
+from support.ledgers import EVENT, open_ledger, release
+
+from dp.accountants import rdp_epsilon
+from dp.budget import BudgetGuard, PrivacyBudget
+from dp.claims import Recomputed, recompute
+from dp.errors import BudgetExhausted
+from dp.events import PoissonSampledGaussian
+from dp.ledger import Claim, read_ledger, verify
+
+
+def of(path: Path) -> Recomputed:
+    """What recomputing the ledger in this file gives."""
+    return recompute(verify(read_ledger(path)).entries)
+
+
+def test_an_honest_ledger_holds(tmp_path: Path) -> None:
+    """Every claim of the guard holds, refused ones included, and the totals are those of all that is reserved."""
+    ledger = open_ledger(tmp_path / "ledger.sqlite")
+    guard = BudgetGuard(PrivacyBudget(1.0, 1e-3), ledger)
+    for number in (1, 2, 3):
+        guard.authorize(release(number))
+    with pytest.raises(BudgetExhausted):
+        guard.authorize(release(1000))
+    found = of(tmp_path / "ledger.sqlite")
+    events = [PoissonSampledGaussian(sampling_rate=0.25, noise_multiplier=3.5, steps=steps) for steps in (1, 2, 3)]
+    assert found.wrong == ()
+    assert (found.claims, found.delta) == (4, 1e-3)
+    assert found.claimed == pytest.approx(rdp_epsilon(events, 1e-3))
+    assert [total.accountant for total in found.totals] == ["RDP", "PRV", "PLD"]
+    assert all(0 < total.epsilon <= found.claimed * (1 + 1e-9) for total in found.totals)
+
+
+def test_an_empty_ledger(tmp_path: Path) -> None:
+    """A ledger in which nothing is reserved claims nothing."""
+    open_ledger(tmp_path / "ledger.sqlite").close()
+    assert of(tmp_path / "ledger.sqlite") == Recomputed(0, 0.0, None, (), ())
+
+
+@pytest.mark.parametrize(
+    ("claim", "texts"),
+    [
+        (Claim(delta=1e-3, epsilon=0.1, cumulative_epsilon=2.0, budget_epsilon=2.0), ["for this release, found 0."]),
+        (
+            Claim(delta=1e-3, epsilon=2.0, cumulative_epsilon=0.1, budget_epsilon=2.0),
+            ["for all together, found 0.", "RDP finds", "PRV finds", "PLD finds"],
+        ),
+        (
+            Claim(delta=1e-3, epsilon=2.0, cumulative_epsilon=2.0, budget_epsilon=1.0),
+            ["reserved at epsilon 2, expected at most its budget 1"],
+        ),
+    ],
+    ids=["this release", "all together", "its budget"],
+)
+def test_a_claim_that_does_not_hold(tmp_path: Path, claim: Claim, texts: list[str]) -> None:
+    """A site that signs too low an epsilon, or reserves beyond its budget, is found out without its key."""
+    assert 0.1 < rdp_epsilon([EVENT], 1e-3) < 1
+    ledger = open_ledger(tmp_path / "ledger.sqlite")
+    ledger.reserve(release(1, steps=EVENT.steps), lambda _: claim)
+    found = of(tmp_path / "ledger.sqlite")
+    assert len(found.wrong) == len(texts)
+    for text, expected in zip(found.wrong, texts, strict=True):
+        assert expected in text
