@@ -30,8 +30,8 @@ from dp.events import PoissonSampledGaussian
 DELTA = 1e-5
 RDP, PRV, PLD = Rdp(), Prv(), Pld()
 assert ACCOUNTANTS == (RDP, PRV, PLD)
-# The orders that the published figures used, Opacus' and TensorFlow Privacy's.
-THEIR_ORDERS = (*(1 + tenth / 10 for tenth in range(1, 100)), *map(float, range(12, 64)))
+# The orders that the published figures used, Opacus' and TensorFlow Privacy's, as far as one of them is best.
+THEIR_ORDERS = (*(1 + tenth / 10 for tenth in range(1, 100)), *map(float, range(12, 30)))
 
 every = pytest.mark.parametrize("accountant", ACCOUNTANTS, ids=lambda accountant: accountant.name)
 nearly_exact = pytest.mark.parametrize("accountant", [PRV, PLD], ids=lambda accountant: accountant.name)
@@ -140,7 +140,7 @@ def test_never_below_the_integrated_privacy_loss(
     accountant: Accountant, history: list[PoissonSampledGaussian], delta: float
 ) -> None:
     """With sampling, none is below epsilon from our own integration; the nearly exact ones stay within their error."""
-    exact = exact_epsilon(history, delta, largest=60)
+    exact = exact_epsilon(tuple(history), delta, largest=60)
     found = accountant.epsilon(history, delta)
     assert exact <= found * (1 + 1e-5)
     assert found < 2.5 * exact if accountant == RDP else found <= exact + 2.1 * allowed(rdp_epsilon(history, delta))
@@ -281,7 +281,7 @@ class Published:
     def confirmed(self) -> float:
         """The figure by our own integration."""
         if self.how == "exact":
-            return exact_epsilon([self.event], self.delta, largest=40)
+            return exact_epsilon((self.event,), self.delta, largest=40)
         return epsilon_by_divergences(self.q, self.z, self.steps, self.delta, orders=THEIR_ORDERS, conversion=self.how)
 
     @property
@@ -384,7 +384,7 @@ def test_one_round_is_not_fifty() -> None:
 def test_one_image_of_a_patient() -> None:
     """One image per patient at q = 0.01, z = 1, 1,000 steps costs 1.93 by PRV with an error of 0.1: 1.83 in truth."""
     history = [event(0.01, 1.0, 1000)]
-    assert exact_epsilon(history, DELTA, largest=40) + 0.1 == pytest.approx(1.93, abs=0.005)
+    assert exact_epsilon(tuple(history), DELTA, largest=40) + 0.1 == pytest.approx(1.93, abs=0.005)
     assert PLD.epsilon(history, DELTA) + 0.1 == pytest.approx(1.93, abs=0.01)
 
 

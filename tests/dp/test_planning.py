@@ -57,7 +57,7 @@ def test_what_is_spent_leaves_less() -> None:
     assert after.planned.noise_multiplier > 1.1 * fresh.planned.noise_multiplier
     assert after.after_round[-1] <= 1.0
     assert after.planned.epsilon_at_planned_noise == after.after_round[-1]
-    assert 0.99 < after.planned.epsilon_at_planned_noise
+    assert after.planned.epsilon_at_planned_noise > 0.99
 
 
 def test_the_accountants_agree_on_the_total() -> None:
