@@ -201,6 +201,23 @@ class Pld:
 ACCOUNTANTS: Final[tuple[Accountant, ...]] = (Rdp(), Prv(), Pld())
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AccountantTotal:
+    """The epsilon of a history by one accountant; infinity if it shows none."""
+
+    name: str
+    version: str
+    epsilon: float
+
+
+def totals(events: Sequence[PoissonSampledGaussian], delta: float) -> tuple[AccountantTotal, ...]:
+    """What each accountant makes of all ``events`` together."""
+    return tuple(
+        AccountantTotal(name=each.name, version=each.version, epsilon=each.epsilon(events, delta))
+        for each in ACCOUNTANTS
+    )
+
+
 def rdp_epsilon(events: Iterable[PoissonSampledGaussian], delta: float) -> float:
     """The epsilon at ``delta`` of all ``events`` on the same data together, by the gate; 0 for none."""
     return Rdp().epsilon(events, delta)

@@ -1,13 +1,11 @@
 """The guard between a site's data and everything that asks for it: no release without room in the budget."""
 
 import math
-from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
 from dp.accountants import noise_multiplier_for, rdp_epsilon
 from dp.errors import BudgetExhausted, UnsupportedEvent
-from dp.events import PoissonSampledGaussian
 from dp.ledger import Claim, Ledger, Release, Reservation
 
 
@@ -59,7 +57,7 @@ class BudgetGuard:
                 delta=limit.delta,
                 sampling_rate=sampling_rate,
                 steps=steps,
-                spent=_merged(release.event for release in counted),
+                spent=[release.event for release in counted],
             )
             for limit, counted in limits
         )
@@ -130,15 +128,4 @@ def _of(run: str | None, releases: Iterable[Release]) -> list[Release]:
 
 
 def _epsilon(releases: Iterable[Release], budget: PrivacyBudget) -> float:
-    return rdp_epsilon(_merged(release.event for release in releases), budget.delta)
-
-
-def _merged(events: Iterable[PoissonSampledGaussian]) -> list[PoissonSampledGaussian]:
-    """The same events with their steps added up, so that thousands of rounds of one mechanism cost no time."""
-    steps: Counter[tuple[float, float]] = Counter()
-    for event in events:
-        steps[event.sampling_rate, event.noise_multiplier] += event.steps
-    return [
-        PoissonSampledGaussian(sampling_rate=rate, noise_multiplier=noise, steps=total)
-        for (rate, noise), total in steps.items()
-    ]
+    return rdp_epsilon((release.event for release in releases), budget.delta)

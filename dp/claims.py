@@ -7,21 +7,12 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Final
 
-from dp.accountants import ACCOUNTANTS, rdp_epsilon
+from dp.accountants import AccountantTotal, rdp_epsilon, totals
 from dp.chain import Entry
 from dp.events import PoissonSampledGaussian
 from dp.ledger import RESERVED, release_of
 
 TOLERANCE: Final = 1e-6  # relative; what another version of a library may round otherwise
-
-
-@dataclass(frozen=True, slots=True)
-class Total:
-    """Everything that is reserved together, by one accountant: epsilon, infinity where it shows no bound."""
-
-    accountant: str
-    version: str
-    epsilon: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,7 +23,7 @@ class Recomputed:
     claimed: float
     delta: float | None
     wrong: tuple[str, ...]
-    totals: tuple[Total, ...]
+    totals: tuple[AccountantTotal, ...]
 
 
 def recompute(entries: Iterable[Entry]) -> Recomputed:
@@ -65,11 +56,11 @@ def recompute(entries: Iterable[Entry]) -> Recomputed:
                 )
             history.append(event)
             claimed, delta = cumulative, at
-    totals = () if delta is None else tuple(Total(a.name, a.version, a.epsilon(history, delta)) for a in ACCOUNTANTS)
+    found_by = () if delta is None else totals(history, delta)
     # RDP is an upper bound of what the other two compute nearly exactly: no finite one may be above the claim.
     wrong += [
-        f"all rows: {total.accountant} finds epsilon {total.epsilon:.6g}, claimed is {claimed:.6g}"
-        for total in totals
+        f"all rows: {total.name} finds epsilon {total.epsilon:.6g}, claimed is {claimed:.6g}"
+        for total in found_by
         if claimed * (1 + TOLERANCE) < total.epsilon < float("inf")
     ]
-    return Recomputed(claims, claimed, delta, tuple(wrong), totals)
+    return Recomputed(claims, claimed, delta, tuple(wrong), found_by)

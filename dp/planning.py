@@ -9,7 +9,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from dp.accountants import ACCOUNTANTS, noise_multiplier_for, rdp_epsilon
+from dp.accountants import AccountantTotal, noise_multiplier_for, rdp_epsilon, totals
 from dp.errors import UnsupportedEvent
 from dp.events import PoissonSampledGaussian
 
@@ -31,19 +31,11 @@ class BatchCost:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class AccountantTotal:
-    """The plan's epsilon, spent releases included, by one accountant; infinity if it shows none."""
-
-    name: str
-    version: str
-    epsilon: float
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
 class BudgetPlan:
     """Noise and epsilons of ``rounds`` rounds of ``steps`` steps after what has been spent.
 
-    ``after_round``: epsilon by RDP after each round; ``what_if``: the planned batch size among others, by size.
+    ``after_round``: epsilon by RDP after each round; ``totals``: the plan's, spent releases included, by each
+    accountant; ``what_if``: the planned batch size among others, by size.
     """
 
     patients: int
@@ -102,7 +94,6 @@ def plan(
 
     planned = cost(batch_size)
     noise = planned.noise_multiplier
-    history = [*spent, event(batch_size, noise, rounds * steps)]
     return BudgetPlan(
         patients=patients,
         rounds=rounds,
@@ -115,10 +106,7 @@ def plan(
         after_round=tuple(
             rdp_epsilon([*spent, event(batch_size, noise, done * steps)], delta) for done in range(1, rounds + 1)
         ),
-        totals=tuple(
-            AccountantTotal(name=each.name, version=each.version, epsilon=each.epsilon(history, delta))
-            for each in ACCOUNTANTS
-        ),
+        totals=totals([*spent, event(batch_size, noise, rounds * steps)], delta),
         what_if=tuple(
             planned if size == batch_size else cost(size, noise) for size in _sizes_around(batch_size, patients)
         ),

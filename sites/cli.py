@@ -17,7 +17,7 @@ from rich.markup import escape
 
 from dp.errors import PrivacyError
 from secureagg import SecureAggregationError
-from sites.budget_cli import budget_app, print_verified, read_rows, verified
+from sites.budget_cli import LedgerFile, NotedHead, budget_app, print_verified, read_rows, verified
 from sites.errors import SiteError
 from transport import TransportError
 
@@ -271,20 +271,18 @@ def demo(
     )
 
 
-_Ledger = Annotated[Path, typer.Argument(help="A ledger's ledger.sqlite, or what `ledger export` wrote.")]
 _Card = Annotated[Path | None, typer.Option(help="The site's public card: the ledger must be signed by its key.")]
-_Head = Annotated[str | None, typer.Option(help="A head that was noted earlier: no row up to it may be missing.")]
 
 
 @ledger_app.command("verify", epilog=_example("secureagg ledger verify ledger.sqlite --card hospital-a.card"))
-def verify_ledger(ledger: _Ledger, card: _Card = None, head: _Head = None) -> None:
+def verify_ledger(ledger: LedgerFile, card: _Card = None, head: NotedHead = None) -> None:
     """Check every row's place, hash and signature; names each row that is wrong, with status 1."""
     _verified(ledger, card, head)
 
 
 @ledger_app.command("export", epilog=_example("secureagg ledger export ledger.sqlite ledger.jsonl"))
 def export_ledger(
-    ledger: _Ledger, target: Annotated[Path, typer.Argument(help="File to write: JSON Lines.")], card: _Card = None
+    ledger: LedgerFile, target: Annotated[Path, typer.Argument(help="File to write: JSON Lines.")], card: _Card = None
 ) -> None:
     """Write all rows for somebody else to verify, after checking them; updates that are not yet sent stay here."""
     from dp.ledger import write_export  # noqa: PLC0415
@@ -297,7 +295,7 @@ def restore_ledger(
     export: Annotated[Path, typer.Argument(help="What `ledger export` wrote.")],
     ledger: Annotated[Path, typer.Argument(help="The ledger's file to make; it must not be there.")],
     card: _Card = None,
-    head: _Head = None,
+    head: NotedHead = None,
 ) -> None:
     """Make a ledger from an export, for a site that moves to another machine."""
     from dp.ledger import restore  # noqa: PLC0415

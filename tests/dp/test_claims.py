@@ -31,7 +31,7 @@ def test_an_honest_ledger_holds(tmp_path: Path) -> None:
     assert found.wrong == ()
     assert (found.claims, found.delta) == (4, 1e-3)
     assert found.claimed == pytest.approx(rdp_epsilon(events, 1e-3))
-    assert [total.accountant for total in found.totals] == ["RDP", "PRV", "PLD"]
+    assert [total.name for total in found.totals] == ["RDP", "PRV", "PLD"]
     assert all(0 < total.epsilon <= found.claimed * (1 + 1e-9) for total in found.totals)
 
 
