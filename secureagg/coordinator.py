@@ -38,7 +38,6 @@ from secureagg.errors import (
     ThresholdNotMet,
     UnexpectedMessage,
 )
-from secureagg.graph import check_neighbours
 from secureagg.identity import SiteId, verify
 from secureagg.keystream import Spread
 from secureagg.lanes import CANARY, WEIGHT
@@ -50,7 +49,6 @@ from secureagg.messages import (
     EncryptedShares,
     KeyAdvertisement,
     MaskedInput,
-    Positions,
     RoundFailed,
     RoundReceipt,
     ShareDelivery,
@@ -206,13 +204,7 @@ class Coordinator:
         for name, key in (("mask", message.mask_key), ("channel", message.channel_key)):
             probe.agree(key, who=f"{who}: {name} key")
         if isinstance(message, SparseAdvertisement):
-            check_neighbours(
-                message.neighbours,
-                position=self._parameters.positions[message.sender],
-                cohort_size=len(self._parameters.cohort),
-                neighbours=self._parameters.neighbours or 0,
-                who=who,
-            )
+            self._parameters.check_drawn(message.sender, message.neighbours, who=who)
         phase.received[message.sender] = message
 
     def _collect_shares(self, phase: SharingKeys, message: EncryptedShares, who: str) -> None:
@@ -280,7 +272,7 @@ class Coordinator:
             raise AuthenticationFailed(f"{who}: an inclusion stated by {stated.sender} or in another context")
         check_signature(stated, self._parameters.roster[message.sender].signing_key)
         expected = phase.dealings[message.sender].share_commitments.keys() & phase.dealings.keys()
-        if stated.neighbours != self._positions(expected):
+        if stated.neighbours != self._parameters.positions_of(expected):
             raise MalformedMessage(f"{who}: {len(stated.neighbours)} holders included, expected {len(expected)}")
 
     def _collect_signature(self, phase: CheckingConsistency, message: SurvivorSignature, who: str) -> None:
@@ -290,7 +282,9 @@ class Coordinator:
         phase.received[message.sender] = message.list_signature
 
     def _collect_acknowledgement(self, phase: CheckingConsistency, message: Acknowledgement, who: str) -> None:
-        expected = self._positions(phase.dealings[message.sender].held & dict(phase.survivors.survivors).keys())
+        expected = self._parameters.positions_of(
+            phase.dealings[message.sender].held & dict(phase.survivors.survivors).keys()
+        )
         if message.survivors != expected:
             raise MalformedMessage(f"{who}: {len(message.survivors)} survivors, expected {len(expected)}")
         phase.received[message.sender] = message
@@ -403,7 +397,7 @@ class Coordinator:
                 ciphertexts=tuple((dealer, sealed[dealer][site]) for dealer in dealers),
             )
             if self._parameters.neighbours is not None:
-                alive = self._positions(committed[site].keys() & set(sharers))
+                alive = self._parameters.positions_of(committed[site].keys() & set(sharers))
                 delivery = SparseDelivery(**msgspec.structs.asdict(delivery), sharers=alive)
             outbound += self._to([site], delivery)
         dealings = {
@@ -478,9 +472,6 @@ class Coordinator:
     def _left_out(self, sites: Iterable[SiteId]) -> list[Outbound]:
         return self._to(sorted(sites), RoundFailed(context=self._parameters.context, code=ThresholdNotMet.code))
 
-    def _positions(self, sites: Iterable[SiteId]) -> Positions:
-        return tuple(self._parameters.positions[site] for site in sorted(sites))
-
     def _recover(
         self, phase: Unmasking, revealed: Mapping[SiteId, Mapping[SiteId, bytes]], owner: SiteId, what: str
     ) -> tuple[bytes, str]:
@@ -492,7 +483,7 @@ class Coordinator:
                 f"coordinator, Unmasking: {len(holders)} shares of the {what} of {owner}, expected {threshold}"
             )
         who = f"{what} of {owner}, from the shares of {', '.join(holders)}"
-        positions = self._positions(holders)
+        positions = self._parameters.positions_of(holders)
         shares = {position: revealed[holder][owner] for position, holder in zip(positions, holders, strict=True)}
         return reconstruct(shares, self._coefficients(positions), owner=owner, who=who), who
 

@@ -12,7 +12,7 @@ large cohorts (``graph``) each site has k holders of its shares, of whom t suffi
 """
 
 import struct
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from fractions import Fraction
 from functools import cached_property
@@ -21,7 +21,7 @@ from typing import Final, Literal, Self, TypedDict, Unpack
 
 from secureagg import labels
 from secureagg.errors import ParameterError
-from secureagg.graph import choose_neighbourhood, least_honest_survivors
+from secureagg.graph import check_neighbours, choose_neighbourhood, least_honest_survivors
 from secureagg.identity import Roster, SiteId
 from secureagg.lanes import CANARY, CLIPPED, WEIGHT, Counts, FixedPoint, Lane, RingLane, integer
 
@@ -265,6 +265,20 @@ class RoundParameters:
     def positions(self) -> Mapping[SiteId, int]:
         """Site -> Shamir coordinate, from 1: coordinate 0 would be the secret itself."""
         return MappingProxyType({site: index for index, site in enumerate(self.cohort, start=1)})
+
+    def positions_of(self, sites: Iterable[SiteId]) -> tuple[int, ...]:
+        """The coordinates of ``sites``, ascending."""
+        return tuple(self.positions[site] for site in sorted(sites))
+
+    def check_drawn(self, site: SiteId, neighbours: Sequence[int], *, who: str) -> None:
+        """Raise MalformedMessage naming ``who`` unless ``site`` can have drawn these holders on the sparse graph."""
+        check_neighbours(
+            neighbours,
+            position=self.positions[site],
+            cohort_size=len(self.cohort),
+            neighbours=self.neighbours or 0,
+            who=who,
+        )
 
     @cached_property
     def packed_bytes(self) -> int:

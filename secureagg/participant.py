@@ -13,7 +13,7 @@ its dealers.
 """
 
 import os
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from copy import copy
 from hashlib import sha256
 from itertools import chain
@@ -38,7 +38,7 @@ from secureagg.errors import (
     ThresholdNotMet,
     UnexpectedMessage,
 )
-from secureagg.graph import MOST_DEALERS_PER_NEIGHBOUR, check_neighbours, draw_neighbours
+from secureagg.graph import MOST_DEALERS_PER_NEIGHBOUR, draw_neighbours
 from secureagg.identity import Entropy, Identity, SiteId, verify
 from secureagg.keystream import Spread, parts_of
 from secureagg.masking import masked_and_packed, masks_of_input
@@ -249,7 +249,7 @@ class Participant:
             for peer in peers
         }
         self_seed = self._entropy(SECRET_BYTES)
-        positions = self._positions(holders)
+        positions = self._parameters.positions_of(holders)
         mask_key_shares, seed_shares = (
             share(secret, threshold=parameters.threshold, positions=positions, entropy=self._entropy)
             for secret in (phase.mask_key.secret_bytes(), self_seed)
@@ -346,7 +346,9 @@ class Participant:
         )
         if self._parameters.neighbours is not None:
             inclusion = Inclusion(
-                context=self._parameters.context, sender=self._site, neighbours=self._positions(phase.holders)
+                context=self._parameters.context,
+                sender=self._site,
+                neighbours=self._parameters.positions_of(phase.holders),
             )
             message = SparseInput(**msgspec.structs.asdict(message), inclusion=self._sign(inclusion))
         return AwaitingSurvivors(phase.holders, phase.held, input_digest(digests)), [self._sign(message)]
@@ -396,9 +398,7 @@ class Participant:
 
     def _acknowledge(self, phase: AwaitingSurvivors, message: SparseSurvivors) -> _Step[AwaitingAcknowledgements]:
         """Message 3 on the sparse graph: say which dealers this site takes for survivors."""
-        survivors = [inclusion.sender for inclusion in message.inclusions]
-        if survivors != sorted(set(survivors)):
-            raise MalformedMessage(self._who("inclusions repeat or are out of order"))
+        survivors = self._senders(message.inclusions, "inclusions")
         for inclusion in message.inclusions:
             if inclusion.sender not in phase.held:
                 raise InconsistentSurvivors(self._who(f"{inclusion.sender} survived without having dealt to this site"))
@@ -406,7 +406,7 @@ class Participant:
             # coordinator would cut the graph in two and read the sum of each part.
             self._check_statement(inclusion, inclusion.neighbours)
         reply = Acknowledgement(
-            context=self._parameters.context, sender=self._site, survivors=self._positions(survivors)
+            context=self._parameters.context, sender=self._site, survivors=self._parameters.positions_of(survivors)
         )
         return AwaitingAcknowledgements(phase.holders, phase.held, frozenset(survivors)), [self._sign(reply)]
 
@@ -414,9 +414,7 @@ class Participant:
         self, phase: AwaitingAcknowledgements, message: AcknowledgementList
     ) -> _Step[AwaitingReceipt]:
         """Message 4 on the sparse graph, once ``threshold`` of its own holders take this site for a survivor."""
-        senders = [item.sender for item in message.acknowledgements]
-        if senders != sorted(set(senders)):
-            raise MalformedMessage(self._who("acknowledgements repeat or are out of order"))
+        senders = self._senders(message.acknowledgements, "acknowledgements")
         for item in message.acknowledgements:
             if item.sender not in phase.holders:
                 raise InconsistentSurvivors(self._who(f"an acknowledgement of {item.sender}, who is no holder"))
@@ -487,13 +485,7 @@ class Participant:
             sender: item.neighbours for sender, item in advertisements.items() if isinstance(item, SparseAdvertisement)
         }
         for sender, neighbours in drawn.items():
-            check_neighbours(
-                neighbours,
-                position=parameters.positions[sender],
-                cohort_size=len(parameters.cohort),
-                neighbours=parameters.neighbours,
-                who=self._who(f"advertisement of {sender}"),
-            )
+            parameters.check_drawn(sender, neighbours, who=self._who(f"advertisement of {sender}"))
         own = parameters.positions[self._site]
         holders = frozenset(site for site in drawn if parameters.positions[site] in drawn.get(self._site, ()))
         dealers = frozenset(site for site, neighbours in drawn.items() if own in neighbours)
@@ -505,6 +497,12 @@ class Participant:
             raise UnexpectedMessage(self._who(f"{len(dealers)} sites that drew this one, expected at most {most}"))
         return holders, dealers
 
+    def _senders(self, statements: Sequence[SiteMessage], what: str) -> list[SiteId]:
+        senders = [statement.sender for statement in statements]
+        if senders != sorted(set(senders)):
+            raise MalformedMessage(self._who(f"{what} repeat or are out of order"))
+        return senders
+
     def _check_statement(self, statement: Inclusion | Acknowledgement, about: Positions) -> None:
         """Raise unless ``statement`` belongs to this round, is its sender's, and is about this site among others."""
         if statement.context != self._parameters.context:
@@ -513,12 +511,9 @@ class Participant:
         if self._parameters.positions[self._site] not in about:
             raise InconsistentSurvivors(self._who(f"the statement of {statement.sender} is not about this site"))
 
-    def _positions(self, sites: Iterable[SiteId]) -> Positions:
-        return tuple(self._parameters.positions[site] for site in sorted(sites))
-
     def _sites(self, positions: Positions, *, among: frozenset[SiteId], what: str) -> set[SiteId]:
         sites = {site for site in among if self._parameters.positions[site] in positions}
-        if self._positions(sites) != positions:
+        if self._parameters.positions_of(sites) != positions:
             raise MalformedMessage(self._who(f"{what}: {len(positions)} positions, only {len(sites)} of holders"))
         return sites
 

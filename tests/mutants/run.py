@@ -22,7 +22,7 @@ PACKAGE = "secureagg"
 TESTS = ["tests/attacks", "tests/secureagg"]
 CHECKS = {
     *("verify", "check_signature", "check_share", "check_share_commitments", "check_thresholds", "check"),
-    *("_need", "begin", "answer", "agree", "check_filling", "check_neighbours", "_check_statement"),
+    *("_need", "begin", "answer", "agree", "check_filling", "check_neighbours", "check_drawn", "_check_statement"),
     "_check_inclusion",
 }
 
