@@ -8,7 +8,6 @@ sites sends no masked input.  ``k``: holders of each site's shares; times are pr
 
 import argparse
 import json
-import os
 import time
 from pathlib import Path
 
@@ -16,46 +15,21 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from secureagg import (
-    Card,
-    Coordinator,
-    FixedPoint,
-    Identity,
-    Lane,
-    Participant,
-    Roster,
-    RoundParameters,
-    encode_input,
-    site_id,
-)
+from benchmarks.rounds import LANE, machines
+from secureagg import encode_input
 from secureagg.codec import encode
 from secureagg.messages import MaskedInput
 from secureagg.parameters import Graph
 from secureagg.phases import Aborted, CollectingMaskedInputs, CoordinatorFinished
-from secureagg.testing import MemoryJournal
 
 LENGTH = 16
 
 
 def measure(cohort_size: int, graph: Graph) -> dict[str, float]:
     """One round; the sites' figures are the mean over those that stay to the end."""
-    sites = [site_id(f"site-{index:05d}") for index in range(cohort_size)]
-    identities = {site: Identity.generate() for site in sites}
-    parameters = RoundParameters.create(
-        consortium="benchmark",
-        run="graph",
-        round_number=1,
-        roster=Roster(Card.issue(site, identities[site], os.urandom(32)) for site in sites),
-        cohort=sites,
-        lanes=[Lane(name="update", length=LENGTH, encoding=FixedPoint(value_range=1.0))],
-        model_digest=bytes(32),
-        graph=graph,
-    )
-    participants = {
-        site: Participant(site=site, identity=identities[site], parameters=parameters, journal=MemoryJournal())
-        for site in sites
-    }
-    coordinator = Coordinator(parameters=parameters)
+    made = machines(cohort_size, LENGTH, graph=graph)
+    parameters, participants, coordinator = made.parameters, made.participants, made.coordinator
+    sites = list(participants)
     silent = set(sites[::10])
     spent = dict.fromkeys(sites, 0.0)
     sent, received = dict.fromkeys(sites, 0), dict.fromkeys(sites, 0)
@@ -65,7 +39,7 @@ def measure(cohort_size: int, graph: Graph) -> dict[str, float]:
         began = time.process_time()
         pending += [(site, message) for message in participant.start()]
         spent[site] += time.process_time() - began
-        pending += [(site, m) for m in participant.submit(encode_input(parameters, {"update": np.zeros(LENGTH)}))]
+        pending += [(site, m) for m in participant.submit(encode_input(parameters, {LANE: np.zeros(LENGTH)}))]
     while not isinstance(coordinator.phase, CoordinatorFinished | Aborted):
         outbound = []
         began = time.process_time()

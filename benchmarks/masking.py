@@ -26,18 +26,8 @@ from cryptography.hazmat.primitives.ciphers.modes import CTR
 from rich.console import Console
 from rich.table import Table
 
-from secureagg import (
-    Card,
-    Coordinator,
-    FixedPoint,
-    Identity,
-    Lane,
-    Participant,
-    Roster,
-    RoundParameters,
-    encode_input,
-    site_id,
-)
+from benchmarks.rounds import machines
+from secureagg import encode_input
 from secureagg.encoding import decode_total
 from secureagg.keystream import Spread
 from secureagg.masking import apply_masks, unmasked_total
@@ -45,7 +35,6 @@ from secureagg.messages import MaskedInput
 from secureagg.packing import add_packed
 from secureagg.phases import CollectingMaskedInputs
 from secureagg.shamir import lagrange_coefficients, reconstruct, share
-from secureagg.testing import MemoryJournal
 
 SITES = 16
 RAW_BLOCK_BYTES = 256 * 1024
@@ -106,21 +95,8 @@ class Round:
     """A round of SITES sites with one long lane, up to the masked inputs."""
 
     def __init__(self, length: int, spread: Spread = map) -> None:
-        identities = {site_id(f"site-{index:02d}"): Identity.generate() for index in range(SITES)}
-        self.parameters = RoundParameters.create(
-            consortium="benchmark",
-            run="masking",
-            round_number=1,
-            roster=Roster(Card.issue(site, key, os.urandom(32)) for site, key in identities.items()),
-            cohort=identities,
-            lanes=[Lane(name="update", length=length, encoding=FixedPoint(value_range=1.0, value_bits=16))],
-            model_digest=bytes(32),
-        )
-        self.participants = {
-            site: Participant(site=site, identity=key, parameters=self.parameters, journal=MemoryJournal())
-            for site, key in identities.items()
-        }
-        self.coordinator = Coordinator(parameters=self.parameters, spread=spread)
+        made = machines(SITES, length, spread=spread)
+        self.parameters, self.participants, self.coordinator = made.parameters, made.participants, made.coordinator
         pending = [(site, message) for site, one in self.participants.items() for message in one.start()]
         while not isinstance(self.coordinator.phase, CollectingMaskedInputs):
             outbound = [out for site, message in pending for out in self.coordinator.receive(message, sender=site)]
