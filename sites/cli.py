@@ -8,7 +8,7 @@ import logging
 import sys
 from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, NoReturn
+from typing import TYPE_CHECKING, Annotated, Final, NoReturn
 
 import msgspec
 import typer
@@ -41,6 +41,8 @@ app.add_typer(budget_app, name="budget")
 
 out = Console(highlight=False)
 
+_OF_TRAINING: Final = {"opacus", "randomgen", "safetensors", "sklearn", "torch"}  # what the extra of that name installs
+
 
 class Data(StrEnum):
     """Built-in data sets."""
@@ -54,6 +56,10 @@ def main() -> NoReturn:
         app(prog_name="secureagg")
     except (SecureAggregationError, SiteError, PrivacyError, TransportError) as error:
         _fail(str(error))
+    except ModuleNotFoundError as error:
+        if error.name not in _OF_TRAINING:
+            raise
+        _fail(f"this command needs {error.name}, which is not installed; pip install 'secureagg[train]' brings it")
     except KeyboardInterrupt:
         _fail("stopped by the user")
     except OSError as error:

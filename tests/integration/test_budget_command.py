@@ -1,7 +1,8 @@
-"""`secureagg budget plan` as its users meet it."""
+"""The `secureagg budget` commands as their users meet them."""
 
 import json
 import re
+import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -189,3 +190,46 @@ def test_check_against_a_roster(
     assert checked(monkeypatch, capfd, str(tmp_path / "own.sqlite"), *roster)[0] == 0
     status, _, error = checked(monkeypatch, capfd, str(tmp_path / "other.sqlite"), *roster)
     assert (status, "key" in error) == (1, True)
+
+
+WITHOUT_TRAINING = """
+import sys
+
+class Absent:
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] in {"opacus", "randomgen", "safetensors", "sklearn", "torch"}:
+            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+
+sys.meta_path.insert(0, Absent())
+from sites.cli import main
+main()
+"""
+
+
+@pytest.mark.parametrize(
+    "words", [("budget", "check", "LEDGER", "--roster", "MANIFEST"), ("ledger", "verify", "LEDGER"), ("budget", "plan")]
+)
+def test_officers_need_nothing_that_trains(tmp_path: Path, words: tuple[str, ...]) -> None:
+    """What a privacy officer runs works where only the plain package is installed."""
+    consortium = make_consortium(tmp_path)
+    with Ledger(tmp_path / "l.sqlite", dataset="d" * 64, site="a", signer=consortium.keys["a"].identity) as ledger:
+        BudgetGuard(PrivacyBudget(1.0, 1e-3), ledger).authorize(release(1))
+    places = {"LEDGER": str(tmp_path / "l.sqlite"), "MANIFEST": str(consortium.manifest_path)}
+    options = [f"--{name}={value}" for name, value in OPTIONS.items()] if "plan" in words else []
+    done = without_training(*(places.get(word, word) for word in words), *options)
+    assert (done.returncode, done.stderr) == (0, ""), done.stderr
+
+
+def test_training_without_its_packages_says_what_to_install() -> None:
+    """Elsewhere it is one sentence that names the extra to install."""
+    done = without_training("demo")
+    assert done.returncode == 1
+    assert re.fullmatch(
+        r"Error: .*needs \w+, which is not installed; pip install 'secureagg\[train\]'.*\n", done.stderr
+    )
+
+
+def without_training(*words: str) -> subprocess.CompletedProcess[str]:
+    """The command line in a process that has none of the extra's packages."""
+    command = [sys.executable, "-c", WITHOUT_TRAINING, *words]
+    return subprocess.run(command, capture_output=True, text=True, check=False)
