@@ -20,7 +20,7 @@ from secureagg.parameters import RoundParameters
 
 __all__ = ["Counts", "EncodedInput", "FixedPoint", "Lane", "decode_total", "encode_input"]
 
-_UINT32 = np.dtype("<u4")
+_UINT32, _INT32, _INT64 = np.dtype("<u4"), np.dtype("<i4"), np.dtype("<i8")
 _BLOCK_VALUES: Final = 32 * 1024  # the block's buffers stay in cache; a multiple of the cipher's 16 bytes
 
 
@@ -134,8 +134,7 @@ class _Buffers:
     """Memory for one block, used again for the next: fresh memory costs more than the arithmetic on it."""
 
     def __init__(self, size: int) -> None:
-        self.scaled, self.floor = np.empty(size), np.empty(size)
-        self.draws, self.rounded = np.empty(size, _UINT32), np.empty(size, np.int32)
+        self.scaled, self.fixed, self.draws = np.empty(size), np.empty(size, _INT64), np.empty(size, _UINT32)
 
 
 def _encode_block(
@@ -150,23 +149,24 @@ def _encode_block(
     """Write the ring elements of one block, which begins at index ``start``, into ``words``; returns how many were
     clipped."""
     size = len(values)
-    scaled, floor = buffers.scaled[:size], buffers.floor[:size]
-    draws, rounded = buffers.draws[:size], buffers.rounded[:size]
+    scaled, fixed, draws = buffers.scaled[:size], buffers.fixed[:size], buffers.draws[:size]
     scaled[:] = values
     clipped = 0
     # Two comparisons that a NaN fails too; only then is it worth finding out what is wrong.
     if not (scaled.max() <= encoding.value_range and scaled.min() >= -encoding.value_range):
         clipped = _clip(ring_lane.lane.name, encoding, scaled, start)
-    scaled *= encoding.levels / encoding.value_range
-    np.clip(scaled, -encoding.levels, encoding.levels, out=scaled)  # the product may exceed the edge by one ulp
-    np.floor(scaled, out=floor)
-    scaled -= floor
+    unit = encoding.levels / encoding.value_range
+    scaled *= unit
+    if unit * encoding.value_range > encoding.levels:  # the product exceeds the edge by one ulp
+        np.clip(scaled, -encoding.levels, encoding.levels, out=scaled)
     scaled *= 2.0**32
+    np.ceil(scaled, out=scaled)
+    np.copyto(fixed, scaled, casting="unsafe")
     coins.fill(draws)
-    np.copyto(rounded, floor, casting="unsafe")
-    # Rounds up with probability equal to the fraction, to within 2^-32.
-    rounded += draws < scaled
-    words[:] = rounded
+    # x + (2^32 - 1 - coin) / 2^32, rounded down: up with probability equal to the fraction of x, to within 2^-32.
+    fixed -= draws
+    fixed += 2**32 - 1
+    words[:] = fixed.view(_INT32)[1::2]
     ring_lane.reduce(words)
     return clipped
 

@@ -159,10 +159,11 @@ class RingLane:
             words &= words.dtype.type((1 << self.ring_bits) - 1)
         return words
 
-    def lift(self, words: Words) -> npt.NDArray[np.int64]:
-        """The integers that reduced ring elements stand for: centred around 0 for a signed lane, from 0 up for
-        counts."""
-        integers = words.astype(np.uint64).view(np.int64)
+    def lift(self, words: Words, *, out: npt.NDArray[np.int64] | None = None) -> npt.NDArray[np.int64]:
+        """The integers that reduced ring elements stand for, in ``out`` if that is given: centred around 0 for a signed
+        lane, from 0 up for counts."""
+        integers = np.empty(len(words), np.int64) if out is None else out
+        integers.view(np.uint64)[:] = words
         if self.lane.signed:
             # The ring's highest bit becomes the sign: shift it to the top, and back with its copies behind it.
             integers <<= 64 - self.ring_bits

@@ -60,7 +60,7 @@ def unmasked_total(
         apply = _masks_from(keys, part, words.dtype)
         for block in _blocks(part, words.dtype):
             apply(words[block])
-            total[block] = ring_lane.lift(ring_lane.reduce(words[block]))
+            ring_lane.lift(ring_lane.reduce(words[block]), out=total[block])
 
     in_parts(unmask, _parts(words), spread)
     return total
@@ -68,11 +68,11 @@ def unmasked_total(
 
 def masked_and_packed(
     ring_lane: RingLane, words: Words, masks: Iterable[MaskKey], *, spread: Spread = map
-) -> Iterator[bytes]:
+) -> Iterator[memoryview]:
     """``words`` under ``masks``, packed, piece by piece; ``words`` stay as they are and no second vector is made."""
     keys = list(masks)
 
-    def piece(block: slice) -> bytes:
+    def piece(block: slice) -> memoryview:
         own = words[block].copy()
         _masks_from(keys, block, words.dtype)(own)
         return pack(ring_lane, ring_lane.reduce(own))

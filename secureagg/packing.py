@@ -25,12 +25,12 @@ _Bytes = npt.NDArray[np.uint8]
 Read = Callable[[int, int], bytes | memoryview]  # (offset, size) -> that many of the packed bytes, from there on
 
 
-def pack(ring_lane: RingLane, words: Words) -> bytes:
+def pack(ring_lane: RingLane, words: Words) -> memoryview:
     """The packed bytes of ring elements, which must already be reduced: of a whole lane, or of a part that begins on a
-    byte."""
+    byte.  They may share memory with ``words``."""
     bits = ring_lane.ring_bits
     if bits == 8 * words.dtype.itemsize:
-        return words.tobytes()
+        return words.data.cast("B")
     size = -(-len(words) * bits // 8)
     stream = np.zeros(size + _WINDOW_BYTES, np.uint8)
     for start in range(0, len(words), _BLOCK_VALUES):
@@ -40,7 +40,7 @@ def pack(ring_lane: RingLane, words: Words) -> bytes:
             np.bitwise_or(window, wide << window.dtype.type(shift), out=window)
             if spill is not None:
                 np.bitwise_or(spill, (wide >> window.dtype.type(64 - shift)).astype(np.uint8), out=spill)
-    return stream[:size].tobytes()
+    return stream[:size].data
 
 
 def check_packed(ring_lane: RingLane, packed: bytes | memoryview, *, who: str) -> None:
@@ -62,45 +62,28 @@ def check_filling(ring_lane: RingLane, last: int, *, who: str) -> None:
 def add_packed(total: Words, ring_lane: RingLane, read: Read, *, spread: Spread = map) -> None:
     """Add the ring elements of packed bytes, which must have been checked, to ``total`` in place, block by block.
 
+    Modulo the word; the caller reduces to the ring.
     ``read`` gives the bytes of one block at a time, and is called by the threads of ``spread``.
     """
     bits = ring_lane.ring_bits
 
     def add_part(part: slice) -> None:
+        # Room for the windows that reach beyond the last value.  What lies there is above the ring's bits.
+        stream = np.zeros(-(-min(_BLOCK_VALUES, part.stop - part.start) * bits // 8) + 2 * _WINDOW_BYTES, np.uint8)
         for start in range(part.start, part.stop, _BLOCK_VALUES):
             block = total[start : min(start + _BLOCK_VALUES, part.stop)]
             source = np.frombuffer(read(start * bits // 8, -(-len(block) * bits // 8)), np.uint8)
             if bits == 8 * total.dtype.itemsize:
                 block += source.view(total.dtype)
                 continue
-            # Room for neighbours that the last value may lack, and for the window that reaches beyond them.
-            stream = np.zeros(len(source) + 2 * _WINDOW_BYTES, np.uint8)
             stream[: len(source)] = source
-            block += ring_lane.reduce(_elements(stream, bits, block.dtype, len(block)))
+            for values, window, shift, spill in _windows(block, stream, bits):
+                own = window >> window.dtype.type(shift) if shift else window
+                if spill is not None:
+                    own |= spill.astype(window.dtype) << window.dtype.type(64 - shift)
+                np.add(values, own, out=values, dtype=values.dtype, casting="same_kind")
 
     in_parts(add_part, parts_of(len(total), _BLOCK_VALUES), spread)
-
-
-def _elements(stream: _Bytes, bits: int, word: np.dtype[np.unsignedinteger], count: int) -> Words:
-    """The first ``count`` elements of ``stream``, not yet reduced: above them, their words hold bits of others.
-
-    As many neighbours as fit 64 bits are read as one value and then cut in halves until each has its own word.
-    """
-    together = 8 // word.itemsize
-    words: Words = np.empty(-(-count // together), "<u8")
-    for values, window, shift, spill in _windows(words, stream, bits * together):
-        column = window >> window.dtype.type(shift) if shift else window
-        if spill is not None:
-            column |= spill.astype(window.dtype) << window.dtype.type(64 - shift)
-        values[:] = column
-    while words.itemsize > word.itemsize:
-        together //= 2
-        half = f"<u{words.itemsize // 2}"
-        # Shifted so far that the upper element begins in the upper half; the lower one is where it was.
-        halves = (words << words.dtype.type(4 * words.itemsize - bits * together)).view(half)
-        halves[0::2] = words.view(half)[0::2]
-        words = halves
-    return words[:count]
 
 
 def _windows(values: Words, stream: _Bytes, bits: int) -> Iterator[tuple[Words, Words, int, _Bytes | None]]:

@@ -13,7 +13,7 @@ its dealers.
 """
 
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from copy import copy
 from hashlib import sha256
 from itertools import chain
@@ -326,24 +326,9 @@ class Participant:
 
     def _send_masked_input(self, phase: AwaitingInput, encoded: EncodedInput) -> _Step[AwaitingSurvivors]:
         """Message 2: the input under the self mask and a pairwise mask with every other sharer."""
-        size = MaskedInput.CHUNK_BYTES
-        chunks: list[bytes] = []
-        pending = bytearray()
-        for name, ring_lane in self._parameters.lanes.items():
-            masks = masks_of_input(
-                self._parameters, site=self._site, lane=name, self_seed=phase.self_seed, secrets=phase.mask_secrets
-            )
-            for piece in masked_and_packed(ring_lane, encoded.vectors[name], masks, spread=self._spread):
-                pending += piece
-                while len(pending) >= size:
-                    chunks.append(bytes(pending[:size]))
-                    del pending[:size]
-        if pending:
-            chunks.append(bytes(pending))
+        chunks = tuple(_cut(self._masked_lanes(phase, encoded), MaskedInput.CHUNK_BYTES))
         digests = chunk_digests(chunks, spread=self._spread)
-        message = MaskedInput(
-            context=self._parameters.context, sender=self._site, chunk_digests=digests, chunks=tuple(chunks)
-        )
+        message = MaskedInput(context=self._parameters.context, sender=self._site, chunk_digests=digests, chunks=chunks)
         if self._parameters.neighbours is not None:
             inclusion = Inclusion(
                 context=self._parameters.context,
@@ -352,6 +337,14 @@ class Participant:
             )
             message = SparseInput(**msgspec.structs.asdict(message), inclusion=self._sign(inclusion))
         return AwaitingSurvivors(phase.holders, phase.held, input_digest(digests)), [self._sign(message)]
+
+    def _masked_lanes(self, phase: AwaitingInput, encoded: EncodedInput) -> Iterator[memoryview]:
+        """All lanes in their order, masked and packed, piece by piece."""
+        for name, ring_lane in self._parameters.lanes.items():
+            masks = masks_of_input(
+                self._parameters, site=self._site, lane=name, self_seed=phase.self_seed, secrets=phase.mask_secrets
+            )
+            yield from masked_and_packed(ring_lane, encoded.vectors[name], masks, spread=self._spread)
 
     def _sign_survivors(self, phase: AwaitingSurvivors, message: SurvivorList) -> _Step[AwaitingUnmaskRequest]:
         """Message 3 on the complete graph: sign the one list of survivors that this site will help to unmask."""
@@ -543,6 +536,21 @@ class Participant:
 
     def _who(self, found: str) -> str:
         return f"participant {self._site}, {self._name()}, from the coordinator: {found}"
+
+
+def _cut(pieces: Iterable[memoryview], size: int) -> Iterator[bytes]:
+    """What the pieces hold, in chunks of ``size`` bytes, the last one of what is left."""
+    held: list[memoryview] = []
+    missing = size
+    for piece in pieces:
+        rest = piece
+        while len(rest) >= missing:
+            yield b"".join([*held, rest[:missing]])
+            held, rest, missing = [], rest[missing:], size
+        held.append(rest)
+        missing -= len(rest)
+    if missing < size:
+        yield b"".join(held)
 
 
 def chunk_digests(chunks: Sequence[bytes], *, spread: Spread = map) -> tuple[bytes, ...]:

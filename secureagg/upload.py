@@ -70,7 +70,7 @@ class Upload:
                 check_filling(ring_lane, self._read(end - 1, 1)[0], who=who)
 
     def add_to(self, sums: Mapping[str, Words], *, spread: Spread = map) -> None:
-        """Add the whole input to ``sums`` (lane -> running sum), in place, block by block.
+        """Add the whole input to ``sums`` (lane -> running sum modulo the word), in place, block by block.
 
         LocalProtocolError unless it is whole; OSError if the file cannot be read, when a part may have been added.
         """

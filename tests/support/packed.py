@@ -13,7 +13,7 @@ def unpack(ring_lane: RingLane, packed: bytes | memoryview, *, who: str) -> Word
     check_packed(ring_lane, packed, who=who)
     total = np.zeros(ring_lane.lane.length, ring_lane.word)
     add_packed(total, ring_lane, reader(packed))
-    return total
+    return ring_lane.reduce(total)
 
 
 def reader(packed: bytes | memoryview) -> Callable[[int, int], bytes | memoryview]:

@@ -73,7 +73,7 @@ def unpacked(lane: RingLane, packed: bytes) -> list[int]:
     check_packed(lane, packed, who="test")
     total = np.zeros(lane.lane.length, lane.word)
     add_packed(total, lane, lambda offset, size: packed[offset : offset + size])
-    return total.tolist()
+    return lane.reduce(total).tolist()
 
 
 def lane_of(item: dict[str, Any]) -> Lane:
