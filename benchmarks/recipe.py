@@ -17,13 +17,13 @@ import numpy as np
 
 from secureagg.testing import CountingEntropy, run_round
 from sites.datasets.heart import Hospital, load_hospitals
-from sites.evaluation import Metrics, evaluate_scores
+from sites.evaluation import Metrics
 from sites.manifest import Privacy
 from sites.model_state import ModelSpec
 from sites.recipe import ENCODING, EVALUATION, PRIVACY, TRAINING
-from sites.reference import pool, throwaway_ledger, train_alone, train_pooled
+from sites.reference import evaluate_heart, pool, throwaway_ledger, train_alone, train_pooled
 from sites.server_optimizer import ServerOptimizer
-from sites.trainer import LocalTrainer, heart_model, initial_heart_model, predict
+from sites.trainer import Examples, LocalTrainer, heart_model, initial_heart_model
 
 SPEC = ModelSpec.of_bytes(initial_heart_model(), who="heart model")
 
@@ -33,8 +33,9 @@ def federated(hospitals: dict[str, Hospital], privacy: Privacy, seed: int) -> tu
     with tempfile.TemporaryDirectory() as folder:
         trainers = {
             name: LocalTrainer(
+                name=name,
                 model=heart_model(),
-                data=hospital,
+                data=Examples.of_hospital(hospital),
                 training=TRAINING,
                 privacy=privacy,
                 ledger=throwaway_ledger(hospital, Path(folder)) if privacy.mode == "local" else None,
@@ -61,8 +62,7 @@ def federated(hospitals: dict[str, Hospital], privacy: Privacy, seed: int) -> tu
             )
             server.step(outcome.aggregate)
     test = pool(hospitals.values())
-    scores = predict(heart_model(), SPEC.restore(server.vector), test.test_features)
-    return evaluate_scores(scores, test.test_labels, EVALUATION.histogram_bins), largest
+    return evaluate_heart(SPEC.restore(server.vector), test, EVALUATION.histogram_bins), largest
 
 
 def summary(results: list[Metrics]) -> dict[str, dict[str, float]]:

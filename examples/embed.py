@@ -4,7 +4,7 @@
 
 SITE.toml is what `secureagg consortium sign --site-config SITE.toml` writes; the keys, the signed manifest and the
 coordinator's address are found from there.  The manifest of this example says `mode = "none"`; where it says "local",
-train with Opacus and add `epsilon=engine.get_epsilon(delta)` to `submit`, with one engine over all rounds.
+see embed_private.py.
 """
 
 import sys

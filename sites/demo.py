@@ -26,15 +26,15 @@ from sites.config import OwnData, save_config
 from sites.coordinator_loop import RoundRecord
 from sites.datasets.heart import HOSPITALS, load_hospitals
 from sites.errors import ConfigurationError, FederationFailed
-from sites.evaluation import Metrics, evaluate_scores
+from sites.evaluation import Metrics
 from sites.files import write_atomic
 from sites.keys import Keys, generate_keys, save_keys
 from sites.manifest import Manifest
 from sites.programs import DROPPED_EXIT_STATUS, SiteSummary, stop_at
 from sites.recipe import DEADLINES, PRIVACY, TRAINING, new_manifest
-from sites.reference import pool, train_alone, train_pooled
+from sites.reference import evaluate_heart, pool, train_alone, train_pooled
 from sites.rounds import model_spec
-from sites.trainer import heart_model, initial_heart_model, predict
+from sites.trainer import initial_heart_model
 
 COORDINATOR: Final = "coordinator"
 # A machine that fails is only noticed when its time is up; the demo's rounds take a fraction of a second.
@@ -128,7 +128,7 @@ def run_demo(
         spec = model_spec(manifest)
         final = spec.restore(spec.from_bytes((folder / "model.safetensors").read_bytes(), who="final model"))
     # Without failures these are the very metrics that the coordinator read off the last sum of counts.
-    federated = evaluate_scores(predict(heart_model(), final, test.test_features), test.test_labels, bins)
+    federated = evaluate_heart(final, test, bins)
     training = [_training_seconds(record, summaries) for record in records]
     aggregation = [sum(record.seconds.values()) - own for record, own in zip(records, training, strict=True)]
     result = DemoResult(

@@ -14,13 +14,13 @@ import logging
 import os
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Final, Self
+from typing import TYPE_CHECKING, Final, Self
 
 import numpy as np
 import numpy.typing as npt
@@ -48,6 +48,12 @@ from sites.journal import SqliteJournal
 from sites.model_state import State, model_digest
 from sites.rounds import CORRECT, HISTOGRAM, TOTAL, UPDATE, model_spec, round_parameters
 from transport import COORDINATOR, Endpoint, PeerUnreachable, TransportError, connect
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+    from dp.gradients import Loss
+    from sites.trainer import LocalTrainer
 
 log = logging.getLogger("secureagg.site")
 
@@ -114,6 +120,7 @@ class Federation:
     def __init__(self, site: OpenSite, *, endpoint: Endpoint | None = None, evaluate: Evaluate | None = None) -> None:
         self._session = _Session(site, endpoint)
         self._evaluate = evaluate
+        self._trainers: list[LocalTrainer] = []
         self._final_state: State | None = None
 
     def __enter__(self) -> Self:
@@ -124,6 +131,46 @@ class Federation:
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         self._session.leave(finish=error is None)
+        with ExitStack() as closing_all:
+            for trainer in self._trainers:
+                closing_all.callback(trainer.close)
+            self._note_sent()
+
+    def trainer(
+        self,
+        model: "nn.Module",
+        loss: "Loss",
+        *,
+        features: "Tensor",
+        targets: "Tensor",
+        patients: Sequence[Hashable] | None = None,
+        max_rows_per_patient: int = 1,
+    ) -> "LocalTrainer":
+        """A trainer of ``model`` on this site's rows by the manifest's recipe; use one over all rounds.
+
+        Where the manifest's privacy mode is "local" it trains by DP-SGD with the patient as the unit and keeps the
+        site's ledger: a round is booked before a patient is sampled, and refused (BudgetExhausted) when the
+        consortium's budget, or what SITE.toml allows over the data's lifetime, has no room.  ``loss``: predictions and
+        targets of some rows to the SUM of their losses; ``patients``: whose each row is, each another's by default;
+        ``max_rows_per_patient``: how many of one patient's rows are used in a step.
+        """
+        from sites.trainer import Examples, trainer_of  # noqa: PLC0415  brings Opacus, which not everybody trains with
+
+        data = Examples(features=features, targets=targets, patients=patients)
+        made = trainer_of(self._session.site, model, data, loss=loss, max_rows_per_patient=max_rows_per_patient)
+        self.attach(made)
+        return made
+
+    def attach(self, trainer: "LocalTrainer") -> None:
+        """Tell ``trainer`` which updates went out, and close it at the end."""
+        self._trainers.append(trainer)
+
+    def _note_sent(self) -> None:
+        # A round that came to its end was sent; one that did not may have been, and its update stays in the outbox
+        # until the run's next one takes its place.
+        finished = {(past.run, past.number) for past in self.history if past.result == "finished"}
+        for trainer in self._trainers:
+            trainer.mark_sent(finished)
 
     @property
     def final_state(self) -> State:
@@ -150,6 +197,7 @@ class Federation:
         gone and FederationFailed when it refuses this site or gives up; the engineer's own state is untouched.
         """
         while (item := self._session.next_task()) is not None:
+            self._note_sent()
             if isinstance(item, FederationOver):
                 vector = self._session.spec.from_bytes(item.payload, who="final model")
                 self._final_state = self._session.spec.restore(vector)

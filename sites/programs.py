@@ -102,6 +102,7 @@ def _run_site(
         endpoint = _FailingEndpoint(site, phase=phase, round_number=number)
     seconds: list[float] = []
     federation = Federation(site, endpoint=endpoint, evaluate=trainer.evaluate)
+    federation.attach(trainer)
 
     def summarise() -> SiteSummary:
         summary = SiteSummary(
@@ -118,22 +119,11 @@ def _run_site(
         write_atomic(site.state / "summary.json", msgspec.json.format(msgspec.json.encode(summary)) + b"\n")
         return summary
 
-    def note_what_was_sent() -> None:
-        # A round that came to its end was sent; one that did not may have been, and its update stays in the outbox
-        # until the run's next one takes its place.
-        trainer.mark_sent({(past.run, past.number) for past in federation.history if past.result == "finished"})
-
     summarise()  # whatever happens in the first round, there is one
     with federation:
         for training_round in federation.rounds():
-            note_what_was_sent()
             began = time.monotonic()
-            result = trainer.train(
-                training_round.global_state,
-                run=training_round.run,
-                round_number=training_round.number,
-                parameters=training_round.parameters,
-            )
+            result = trainer.train_round(training_round)
             seconds.append(time.monotonic() - began)
             summarise()
             spent = (
@@ -141,7 +131,6 @@ def _run_site(
             )
             report(f"round {training_round.number} of {training_round.total}: {seconds[-1]:.2f} s of training, {spent}")
             training_round.submit(result.state, examples=result.examples, epsilon=result.epsilon)
-        note_what_was_sent()
         return summarise()
 
 

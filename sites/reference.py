@@ -16,7 +16,8 @@ from secureagg.identity import Entropy, Identity
 from sites.datasets.heart import Hospital
 from sites.evaluation import Metrics, evaluate_scores
 from sites.manifest import Privacy, Training
-from sites.trainer import LocalTrainer, fingerprint, heart_model, predict
+from sites.model_state import State
+from sites.trainer import Examples, LocalTrainer, fingerprint, heart_model, predict
 
 
 def pool(hospitals: Iterable[Hospital]) -> Hospital:
@@ -35,7 +36,13 @@ def throwaway_ledger(data: Hospital, folder: Path) -> Ledger:
     """A ledger for ``data`` in a temporary folder, under an identity that nobody keeps."""
     identity = Identity.generate()
     path = folder / f"{data.name}.sqlite"
-    return Ledger(path, dataset=fingerprint(data, identity), site=data.name, signer=identity)
+    return Ledger(path, dataset=fingerprint(Examples.of_hospital(data), identity), site=data.name, signer=identity)
+
+
+def evaluate_heart(state: State, test: Hospital, bins: int) -> Metrics:
+    """The metrics of a state of the heart model on the held-out patients of ``test``."""
+    scores = predict(heart_model(), state, Examples.of_hospital(test, held_out=True).features)
+    return evaluate_scores(scores, test.test_labels, bins)
 
 
 def train_alone(
@@ -45,12 +52,18 @@ def train_alone(
     with tempfile.TemporaryDirectory() as folder:
         ledger = throwaway_ledger(data, Path(folder)) if privacy.mode == "local" else None
         trainer = LocalTrainer(
-            model=heart_model(), data=data, training=training, privacy=privacy, ledger=ledger, entropy=entropy
+            name=data.name,
+            model=heart_model(),
+            data=Examples.of_hospital(data),
+            training=training,
+            privacy=privacy,
+            ledger=ledger,
+            entropy=entropy,
         )
         state = heart_model().state_dict()
         for number in range(1, training.rounds + 1):
             state = trainer.train(state, run="alone", round_number=number).state
-    return evaluate_scores(predict(heart_model(), state, test.test_features), test.test_labels, bins)
+    return evaluate_heart(state, test, bins)
 
 
 def train_pooled(

@@ -1,12 +1,12 @@
 """A site's own training: from the global model to a private local one, within the site's budget."""
 
 import os
-from collections.abc import Container
+from collections.abc import Container, Hashable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from hashlib import sha256
 from importlib.metadata import version
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
 import numpy as np
 import numpy.typing as npt
@@ -18,6 +18,7 @@ from torch import nn
 from dp.budget import BudgetGuard, PrivacyBudget
 from dp.errors import BudgetExhausted
 from dp.events import PoissonSampledGaussian
+from dp.gradients import Loss
 from dp.ledger import Ledger, Release
 from dp.training import Plan, train_plain, train_private
 from secureagg import RoundParameters
@@ -29,8 +30,43 @@ from sites.errors import ConfigurationError, DatasetError
 from sites.manifest import Privacy, Training
 from sites.model_state import State
 
+if TYPE_CHECKING:
+    from sites.participant_loop import Round
+
 DATASET_LABEL: Final = VERSION + b"/dataset"
 RANDOM_GENERATOR: Final = "AES-128-CTR (randomgen), keyed from the operating system"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Examples:
+    """A site's rows: ``features`` (rows, ...), ``targets`` (rows, ...), and in ``patients`` whose each row is; without
+    it each is another patient's."""
+
+    features: torch.Tensor = field(repr=False)
+    targets: torch.Tensor = field(repr=False)
+    patients: Sequence[Hashable] | None = field(default=None, repr=False)
+
+    def __post_init__(self) -> None:
+        found = (len(self.features), len(self.targets), len(self.features if self.patients is None else self.patients))
+        if not 0 < found[0] == found[1] == found[2]:
+            raise DatasetError(
+                f"examples: found {found[0]} rows of features, {found[1]} of targets and {found[2]} patients' keys, "
+                "expected as many of each, and some"
+            )
+
+    @property
+    def owners(self) -> Sequence[Hashable]:
+        """Whose each row is."""
+        return range(len(self.features)) if self.patients is None else self.patients
+
+    @classmethod
+    def of_hospital(cls, hospital: Hospital, *, held_out: bool = False) -> "Examples":
+        """The patients of a heart hospital that are trained on, or those that are held out."""
+        if held_out:
+            return cls(
+                features=torch.from_numpy(hospital.test_features), targets=torch.from_numpy(hospital.test_labels)
+            )
+        return cls(features=torch.from_numpy(hospital.train_features), targets=torch.from_numpy(hospital.train_labels))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -61,20 +97,20 @@ def binary_loss(predictions: torch.Tensor, targets: torch.Tensor) -> torch.Tenso
     return nn.functional.binary_cross_entropy_with_logits(predictions.squeeze(1), targets, reduction="sum")
 
 
-def fingerprint(data: Hospital, identity: Identity) -> str:
-    """What names a hospital's training data in its ledger: SHA-256, the same for the same patients in any order.
+def fingerprint(data: Examples, identity: Identity) -> str:
+    """What names a site's training data in its ledger: SHA-256, the same for the same rows in any order.
 
     It is taken of the site's signature over the data's own SHA-256.  Ed25519 signatures are deterministic, so the same
     data gives the same name; and without the site's secret nobody can try out whether a guessed patient is in it.
     """
-    table = np.column_stack([data.train_features, data.train_labels]).astype("<f4")
-    rows = b"".join(sorted(row.tobytes() for row in table))
-    shape = "x".join(map(str, table.shape)).encode()
-    return sha256(identity.sign(DATASET_LABEL, sha256(shape + b":" + rows).digest())).hexdigest()
+    columns = [np.ascontiguousarray(part.detach().cpu().numpy()) for part in (data.features, data.targets)]
+    form = ";".join(f"{column.dtype.str} {column.shape}" for column in columns).encode()
+    rows = sorted(sha256(one.tobytes() + other.tobytes()).digest() for one, other in zip(*columns, strict=True))
+    return sha256(identity.sign(DATASET_LABEL, sha256(form + b":" + b"".join(rows)).digest())).hexdigest()
 
 
 class LocalTrainer:
-    """One hospital's trainer over all rounds of a run.
+    """One site's trainer over all rounds of a run.
 
     With a ``ledger`` it trains by DP-SGD: each round is reserved before a patient is sampled, and refused
     (BudgetExhausted) when a budget has no room; the update is in the ledger before it is returned.  The noise is chosen
@@ -85,29 +121,36 @@ class LocalTrainer:
     def __init__(
         self,
         *,
+        name: str,
         model: nn.Module,
-        data: Hospital,
+        data: Examples,
         training: Training,
         privacy: Privacy,
         ledger: Ledger | None = None,
         budget: PrivacyBudget | None = None,
+        loss: Loss = binary_loss,
+        held_out: Examples | None = None,
+        max_rows_per_patient: int = 1,
         consortium: str | None = None,
         manifest_sha256: str | None = None,
         entropy: Entropy = os.urandom,
     ) -> None:
-        """``privacy``: what a run may spend; ``budget``: what all runs on this data may spend, the same by default.
+        """``name``: of the site; ``privacy``: what a run may spend; ``budget``: what all runs on this data may spend,
+        the same by default; ``loss``: predictions and targets of some rows to the SUM of their losses; ``held_out``:
+        for ``evaluate``.
 
         Raises ConfigurationError if the privacy mode is "local" and there is no ledger.
         """
         self._model = model
-        self._data = data
+        self._loss, self._data, self._held_out = loss, data, held_out
+        self._max_rows_per_patient = max_rows_per_patient
         self._entropy = entropy
         self._planned_steps = training.rounds * training.local_steps
         self._clip_norm = privacy.clip_norm
         self._consortium = consortium
         self._manifest_sha256 = manifest_sha256
         self._guard: BudgetGuard | None = None
-        self.patients = len(data.train_labels)
+        self.patients = len(set(data.owners))
         self.noise_multiplier: float | None = None
         self.delta = privacy.delta
         self._plan = Plan(
@@ -117,9 +160,7 @@ class LocalTrainer:
         )
         if privacy.mode == "local":
             if ledger is None:
-                raise ConfigurationError(
-                    f"trainer of {data.name}: privacy mode local, but no ledger to book releases in"
-                )
+                raise ConfigurationError(f"trainer of {name}: privacy mode local, but no ledger to book releases in")
             of_a_run = PrivacyBudget(privacy.epsilon, privacy.delta)
             self._guard = BudgetGuard(of_a_run if budget is None else budget, ledger, run_budget=of_a_run)
             self.delta = self._guard.budget.delta
@@ -172,6 +213,15 @@ class LocalTrainer:
         sent = load_state(ledger.update(committed))
         return TrainingResult(state=sent, examples=self.patients, epsilon=self._guard.spent_by(run))
 
+    def train_round(self, training_round: "Round") -> TrainingResult:
+        """Train from a round's global state; what to submit to it."""
+        return self.train(
+            training_round.global_state,
+            run=training_round.run,
+            round_number=training_round.number,
+            parameters=training_round.parameters,
+        )
+
     def close(self) -> None:
         """Close the ledger."""
         if self._guard is not None:
@@ -188,26 +238,30 @@ class LocalTrainer:
     def _trained(self, state: State, event: PoissonSampledGaussian | None) -> State:
         """A copy of the model's state after one round, by DP-SGD if there is an event, which must be reserved."""
         self._model.load_state_dict(state)
-        features, targets = torch.from_numpy(self._data.train_features), torch.from_numpy(self._data.train_labels)
+        features, targets = self._data.features, self._data.targets
         if event is None:
-            train_plain(self._model, binary_loss, features, targets, plan=self._plan, entropy=self._entropy)
+            train_plain(self._model, self._loss, features, targets, plan=self._plan, entropy=self._entropy)
         else:
             train_private(
                 self._model,
-                binary_loss,
+                self._loss,
                 features,
                 targets,
-                patients=range(self.patients),
+                patients=self._data.owners,
                 plan=self._plan,
                 event=event,
                 clip_norm=self._clip_norm,
+                max_rows_per_patient=self._max_rows_per_patient,
                 entropy=self._entropy,
             )
         return {name: tensor.detach().clone() for name, tensor in self._model.state_dict().items()}
 
     def evaluate(self, state: State) -> tuple[npt.NDArray[np.floating], npt.NDArray[np.integer]]:
-        """Scores in [0, 1] and 0/1 labels of the held-out patients."""
-        return predict(self._model, state, self._data.test_features), self._data.test_labels.astype(np.int64)
+        """Scores in [0, 1] and 0/1 labels of the held-out patients; none without them."""
+        if self._held_out is None:
+            return np.zeros(0), np.zeros(0, np.int64)
+        scores = predict(self._model, state, self._held_out.features)
+        return scores, self._held_out.targets.numpy().astype(np.int64)
 
     def _event(self, guard: BudgetGuard, *, run: str, round_number: int) -> PoissonSampledGaussian:
         """One round's release.  A run that continues after a restart keeps the noise that it began with."""
@@ -233,12 +287,12 @@ def _bytes_of(state: State) -> bytes:
     return save({name: tensor.detach().cpu().numpy() for name, tensor in state.items()})
 
 
-def predict(model: nn.Module, state: State, features: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
+def predict(model: nn.Module, state: State, features: torch.Tensor) -> npt.NDArray[np.float32]:
     """Probabilities (n,) that ``model`` with ``state`` gives for ``features`` (n, ...)."""
     model.load_state_dict(state)
     model.eval()
     with torch.no_grad():
-        return torch.sigmoid(model(torch.from_numpy(features)).squeeze(1)).numpy()
+        return torch.sigmoid(model(features).squeeze(1)).numpy()
 
 
 def trainer_for(site: OpenSite) -> LocalTrainer:
@@ -251,20 +305,39 @@ def trainer_for(site: OpenSite) -> LocalTrainer:
     if data.hospital not in HOSPITALS:
         raise DatasetError(f"heart data: found hospital {data.hospital!r}, expected one of {', '.join(HOSPITALS)}")
     hospital = load_hospitals(site.folder / data.folder if data.folder else None)[data.hospital]
+    held_out = Examples.of_hospital(hospital, held_out=True)
+    return trainer_of(site, heart_model(), Examples.of_hospital(hospital), held_out=held_out)
+
+
+def trainer_of(
+    site: OpenSite,
+    model: nn.Module,
+    data: Examples,
+    *,
+    loss: Loss = binary_loss,
+    held_out: Examples | None = None,
+    max_rows_per_patient: int = 1,
+) -> LocalTrainer:
+    """A trainer of ``model`` on a site's own ``data``, behind the site's budget where the manifest's mode is "local";
+    see ``LocalTrainer``."""
     privacy, own = site.manifest.privacy, site.config.privacy
     ledger = None
     if privacy.mode == "local":
         site.ledger.parent.mkdir(parents=True, exist_ok=True)
         ledger = Ledger(
             site.ledger,
-            dataset=fingerprint(hospital, site.keys.identity),
+            dataset=fingerprint(data, site.keys.identity),
             unit=privacy.unit,
             site=site.name,
             signer=site.keys.identity,
         )
     return LocalTrainer(
-        model=heart_model(),
-        data=hospital,
+        name=site.name,
+        model=model,
+        data=data,
+        loss=loss,
+        held_out=held_out,
+        max_rows_per_patient=max_rows_per_patient,
         training=site.manifest.training,
         privacy=privacy,
         ledger=ledger,

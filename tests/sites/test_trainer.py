@@ -24,7 +24,7 @@ from sites.config import LEDGER, open_site
 from sites.datasets.heart import Hospital
 from sites.errors import ConfigurationError, DatasetError
 from sites.model_state import ModelSpec, model_digest
-from sites.trainer import LocalTrainer, fingerprint, heart_model, initial_heart_model, predict, trainer_for
+from sites.trainer import Examples, LocalTrainer, fingerprint, heart_model, initial_heart_model, predict, trainer_for
 
 TRAINING = recipe.TRAINING
 PRIVACY = recipe.PRIVACY
@@ -49,9 +49,14 @@ def hospital():
 DATA = hospital()
 
 
+def named(data, identity=SITE):
+    """The fingerprint of a hospital's patients."""
+    return fingerprint(Examples.of_hospital(data), identity)
+
+
 def ledger_in(path):
     """The ledger of the made-up patients in this file."""
-    return Ledger(path, dataset=fingerprint(DATA, SITE), site="made-up", signer=SITE)
+    return Ledger(path, dataset=named(DATA), site="made-up", signer=SITE)
 
 
 def releases_in(path):
@@ -64,7 +69,16 @@ def new_trainer(ledger=None, *, privacy=PRIVACY, training=TRAINING, epsilon=None
     """A trainer on the made-up patients."""
     if epsilon is not None:
         privacy = msgspec.structs.replace(privacy, epsilon=epsilon)
-    return LocalTrainer(model=heart_model(), data=DATA, training=training, privacy=privacy, ledger=ledger, **options)
+    return LocalTrainer(
+        name="made-up",
+        model=heart_model(),
+        data=Examples.of_hospital(DATA),
+        held_out=Examples.of_hospital(DATA, held_out=True),
+        training=training,
+        privacy=privacy,
+        ledger=ledger,
+        **options,
+    )
 
 
 def same(one, other):
@@ -281,20 +295,20 @@ def test_the_fingerprint():
     """The same patients in any order are the same data; another value, label, patient or site's key is not; held-out
     patients do not count."""
     order = np.random.default_rng(1).permutation(PATIENTS)
-    name = fingerprint(DATA, SITE)
+    name = named(DATA)
     assert len(bytes.fromhex(name)) == 32
     shuffled = replace(
         DATA, train_features=DATA.train_features[order], train_labels=DATA.train_labels[order], test_labels=np.zeros(1)
     )
-    assert fingerprint(shuffled, SITE) == name
+    assert named(shuffled) == name
     features, labels = DATA.train_features.copy(), DATA.train_labels.copy()
     features[3, 4] += 1e-3
     labels[5] = 1 - labels[5]
     others = [
-        fingerprint(replace(DATA, train_features=features), SITE),
-        fingerprint(replace(DATA, train_labels=labels), SITE),
-        fingerprint(replace(DATA, train_features=DATA.train_features[1:], train_labels=DATA.train_labels[1:]), SITE),
-        fingerprint(DATA, OTHER),
+        named(replace(DATA, train_features=features)),
+        named(replace(DATA, train_labels=labels)),
+        named(replace(DATA, train_features=DATA.train_features[1:], train_labels=DATA.train_labels[1:])),
+        named(DATA, OTHER),
     ]
     assert len({name, *others}) == 5
 
@@ -367,7 +381,7 @@ def test_evaluate():
     assert labels.dtype == np.int64
     state = {"weight": torch.eye(1, 13) * 2, "bias": torch.tensor([0.5])}
     expected = 1 / (1 + np.exp(-(2 * DATA.test_features[:, 0].astype(np.float64) + 0.5)))
-    assert predict(heart_model(), state, DATA.test_features) == pytest.approx(expected, rel=1e-5)
+    assert predict(heart_model(), state, torch.from_numpy(DATA.test_features)) == pytest.approx(expected, rel=1e-5)
 
 
 def test_a_hospital_smaller_than_a_batch(tmp_path):

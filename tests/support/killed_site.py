@@ -31,7 +31,7 @@ from dp.errors import BudgetExhausted, ReservationMisused
 from dp.ledger import Ledger
 from sites import recipe
 from sites.datasets.heart import Hospital
-from sites.trainer import LocalTrainer, fingerprint, heart_model
+from sites.trainer import Examples, LocalTrainer, fingerprint, heart_model
 from support.ledgers import EVENT, SITE, open_ledger, release
 
 ROUNDS = (1, 2)
@@ -54,7 +54,9 @@ def hospital() -> Hospital:
 
 def open_site_ledger(folder: Path) -> Ledger:
     """The site's ledger."""
-    return Ledger(folder / "ledger.sqlite", dataset=fingerprint(hospital(), SITE), site="a", signer=SITE)
+    return Ledger(
+        folder / "ledger.sqlite", dataset=fingerprint(Examples.of_hospital(hospital()), SITE), site="a", signer=SITE
+    )
 
 
 def start_of(number: int) -> dict[str, torch.Tensor]:
@@ -105,7 +107,12 @@ def run_site(folder: Path, last: int | None) -> None:
     sites.trainer.train_private = train
     dp.budget.noise_multiplier_for = lambda **_: NOISE  # its search takes seconds and is not what is tested
     trainer = LocalTrainer(
-        model=heart_model(), data=hospital(), training=TRAINING, privacy=PRIVACY, ledger=open_site_ledger(folder)
+        name="a",
+        model=heart_model(),
+        data=Examples.of_hospital(hospital()),
+        training=TRAINING,
+        privacy=PRIVACY,
+        ledger=open_site_ledger(folder),
     )
     with closing(trainer):
         for number in ROUNDS:
