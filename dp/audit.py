@@ -72,6 +72,8 @@ class AuditPlan:
                 f"audit: found {self.canaries} canaries, expected a multiple of the {self.canaries_per_training} of a "
                 "training"
             )
+        if not (math.isfinite(self.epsilon) and self.epsilon > 0):
+            raise UnsupportedEvent(f"audit: found epsilon {self.epsilon}, expected a finite number above 0")
         _check(self.canaries, self.guesses, self.guesses, self.delta, self.confidence)
 
     @property
@@ -114,8 +116,9 @@ def audit(
     """Audit ``train`` (``dp.training.train_private``) on a site's model, loss and rows; nothing is released.
 
     ``model`` stays as it is, and what is trained is dropped.  ``entropy``: for coins and noise; ``progress``: is told
-    how many of the plan's trainings are finished.  Raises UnsupportedEvent for what ``train`` refuses, and for scores
-    that are no numbers; BudgetExhausted for a plan that no noise fits.
+    how many of the plan's trainings are finished.  Raises UnsupportedEvent for what ``train`` refuses, for scores
+    that are no numbers, and for a plan in which even right guesses could not contradict the claim, and BudgetExhausted
+    for one that no noise fits.
     """
     from dp.canaries import canary_scores  # noqa: PLC0415  torch, which the ledger's readers must not need
     from dp.noise import csprng  # noqa: PLC0415
@@ -128,6 +131,13 @@ def audit(
     def event(steps: int) -> PoissonSampledGaussian:
         return PoissonSampledGaussian(sampling_rate=plan.sampling_rate, noise_multiplier=noise, steps=steps)
 
+    claimed = rdp_epsilon([event(plan.rounds * plan.steps)], plan.delta)
+    # Stops an audit that nothing could fail.
+    if (most := _proved_by(plan, plan.guesses)) <= claimed:
+        raise UnsupportedEvent(
+            f"audit: found a plan that could prove epsilon {most:.3g} at most, expected one that could contradict the "
+            f"claimed {claimed:.3g}; take more guesses, fewer canaries, or a smaller epsilon or delta"
+        )
     # The coins: they stay in this function, and only the number of right guesses leaves it.
     included = csprng(entropy).random((plan.trainings, plan.canaries_per_training)) < 0.5
     scores = np.empty(included.shape)
@@ -153,15 +163,19 @@ def audit(
     return AuditResult(
         plan=plan,
         noise_multiplier=noise,
-        claimed_epsilon=rdp_epsilon([event(plan.rounds * plan.steps)], plan.delta),
+        claimed_epsilon=claimed,
         correct=correct,
-        epsilon_lower_bound=epsilon_lower_bound(
-            canaries=plan.canaries,
-            guesses=plan.guesses,
-            correct=correct,
-            delta=plan.delta,
-            confidence=plan.confidence,
-        ),
+        epsilon_lower_bound=_proved_by(plan, correct),
+    )
+
+
+def _proved_by(plan: AuditPlan, correct: int) -> float:
+    return epsilon_lower_bound(
+        canaries=plan.canaries,
+        guesses=plan.guesses,
+        correct=correct,
+        delta=plan.delta,
+        confidence=plan.confidence,
     )
 
 

@@ -241,8 +241,8 @@ def predict(model: nn.Module, state: State, features: npt.NDArray[np.float32]) -
         return torch.sigmoid(model(torch.from_numpy(features)).squeeze(1)).numpy()
 
 
-def trainer_for(site: OpenSite) -> LocalTrainer:
-    """The trainer that a site's configuration describes; ConfigurationError or DatasetError if it describes none."""
+def hospital_of(site: OpenSite) -> Hospital:
+    """The data that a site's configuration names; ConfigurationError or DatasetError if it names none."""
     data = site.config.data
     if data is None:
         raise ConfigurationError(
@@ -250,24 +250,31 @@ def trainer_for(site: OpenSite) -> LocalTrainer:
         )
     if data.hospital not in HOSPITALS:
         raise DatasetError(f"heart data: found hospital {data.hospital!r}, expected one of {', '.join(HOSPITALS)}")
-    hospital = load_hospitals(site.folder / data.folder if data.folder else None)[data.hospital]
+    return load_hospitals(site.folder / data.folder if data.folder else None)[data.hospital]
+
+
+def ledger_of(site: OpenSite, hospital: Hospital) -> Ledger:
+    """The site's ledger of releases from ``hospital``, opened or created."""
+    site.ledger.parent.mkdir(parents=True, exist_ok=True)
+    return Ledger(
+        site.ledger,
+        dataset=fingerprint(hospital, site.keys.identity),
+        unit=site.manifest.privacy.unit,
+        site=site.name,
+        signer=site.keys.identity,
+    )
+
+
+def trainer_for(site: OpenSite) -> LocalTrainer:
+    """The trainer that a site's configuration describes; ConfigurationError or DatasetError if it describes none."""
+    hospital = hospital_of(site)
     privacy, own = site.manifest.privacy, site.config.privacy
-    ledger = None
-    if privacy.mode == "local":
-        site.ledger.parent.mkdir(parents=True, exist_ok=True)
-        ledger = Ledger(
-            site.ledger,
-            dataset=fingerprint(hospital, site.keys.identity),
-            unit=privacy.unit,
-            site=site.name,
-            signer=site.keys.identity,
-        )
     return LocalTrainer(
         model=heart_model(),
         data=hospital,
         training=site.manifest.training,
         privacy=privacy,
-        ledger=ledger,
+        ledger=ledger_of(site, hospital) if privacy.mode == "local" else None,
         # What the data may ever cost is the site's own decision; the manifest says what a run may.
         budget=PrivacyBudget(own.epsilon, own.delta) if isinstance(own, LocalPrivacy) else None,
         consortium=site.manifest.consortium.name,
