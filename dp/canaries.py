@@ -57,7 +57,8 @@ class _WithCanaries(nn.Module):
         super().__init__()
         self.site_model = model
         self.site_features = features
-        self.canaries = nn.Linear(canaries, 1, bias=False, device=features.device)
+        # Not initialised, which would draw from torch's generator, but set to 0.
+        self.canaries = nn.utils.skip_init(nn.Linear, canaries, 1, bias=False, device=features.device)
         nn.init.zeros_(self.canaries.weight)
         self.shape = torch.Size()
 
