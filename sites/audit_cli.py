@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 
 audit_app = typer.Typer()
 out = Console(highlight=False)
+err = Console(stderr=True)
 
 DEFAULT: Final = AuditPlan()
 
@@ -62,7 +63,7 @@ def audit_command(
     from sites.audit import audit_site  # noqa: PLC0415
 
     torch.set_num_threads(1)  # tensors are small: threads would wait for each other more than they work
-    with Progress(console=Console(stderr=True), transient=True) as bar:
+    with Progress(console=err, transient=True, disable=not err.is_terminal) as bar:
         task = bar.add_task("trainings", total=plan.trainings)
         result = audit_site(site, plan, progress=lambda finished: bar.update(task, completed=finished))
     _print(site, result)
