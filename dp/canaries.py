@@ -58,7 +58,7 @@ class _WithCanaries(nn.Module):
         self.site_model = model
         self.site_features = features
         # Not initialised, which would draw from torch's generator, but set to 0.
-        self.canaries = nn.utils.skip_init(nn.Linear, canaries, 1, bias=False, device=features.device)
+        self.canaries = nn.Linear(canaries, 1, bias=False, device="meta").to_empty(device=features.device)
         nn.init.zeros_(self.canaries.weight)
         self.shape = torch.Size()
 
