@@ -39,6 +39,12 @@ class ReservationMisused(PrivacyError):
     code = "reservation-misused"
 
 
+class AuditFailed(PrivacyError):
+    """Guesses about who was in a training contradict the epsilon that is claimed for it."""
+
+    code = "audit-failed"
+
+
 class UnsupportedEvent(PrivacyError, ValueError):
     """A mechanism, a model or data for which no guarantee can be given."""
 

@@ -1,4 +1,4 @@
-"""The command line: `secureagg keygen | consortium | coordinator | site | ledger | budget | demo`.
+"""The command line: `secureagg keygen | consortium | coordinator | site | audit | ledger | budget | demo`.
 
 Every failure that a user can cause is one sentence on standard error and exit status 1; a wrong option is status 2.
 What takes seconds to import is imported inside the command that needs it.
@@ -17,6 +17,7 @@ from rich.markup import escape
 
 from dp.errors import PrivacyError
 from secureagg import SecureAggregationError
+from sites.audit_cli import audit_app
 from sites.budget_cli import LedgerFile, NotedHead, budget_app, print_verified, read_rows, verified
 from sites.errors import SiteError
 from transport import TransportError
@@ -38,6 +39,7 @@ app.add_typer(consortium_app, name="consortium")
 ledger_app = typer.Typer(help="Check and move the record of what a site has released.", no_args_is_help=True)
 app.add_typer(ledger_app, name="ledger")
 app.add_typer(budget_app, name="budget")
+app.add_typer(audit_app)
 
 out = Console(highlight=False)
 

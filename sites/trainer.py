@@ -295,8 +295,8 @@ def predict(model: nn.Module, state: State, features: torch.Tensor) -> npt.NDArr
         return torch.sigmoid(model(features).squeeze(1)).numpy()
 
 
-def trainer_for(site: OpenSite) -> LocalTrainer:
-    """The trainer that a site's configuration describes; ConfigurationError or DatasetError if it describes none."""
+def hospital_of(site: OpenSite) -> Hospital:
+    """The data that a site's configuration names; ConfigurationError or DatasetError if it names none."""
     data = site.config.data
     if data is None:
         raise ConfigurationError(
@@ -304,7 +304,24 @@ def trainer_for(site: OpenSite) -> LocalTrainer:
         )
     if data.hospital not in HOSPITALS:
         raise DatasetError(f"heart data: found hospital {data.hospital!r}, expected one of {', '.join(HOSPITALS)}")
-    hospital = load_hospitals(site.folder / data.folder if data.folder else None)[data.hospital]
+    return load_hospitals(site.folder / data.folder if data.folder else None)[data.hospital]
+
+
+def ledger_of(site: OpenSite, data: Examples) -> Ledger:
+    """The site's ledger of releases from ``data``, opened or created."""
+    site.ledger.parent.mkdir(parents=True, exist_ok=True)
+    return Ledger(
+        site.ledger,
+        dataset=fingerprint(data, site.keys.identity),
+        unit=site.manifest.privacy.unit,
+        site=site.name,
+        signer=site.keys.identity,
+    )
+
+
+def trainer_for(site: OpenSite) -> LocalTrainer:
+    """The trainer that a site's configuration describes; ConfigurationError or DatasetError if it describes none."""
+    hospital = hospital_of(site)
     held_out = Examples.of_hospital(hospital, held_out=True)
     return trainer_of(site, heart_model(), Examples.of_hospital(hospital), held_out=held_out)
 
@@ -321,16 +338,6 @@ def trainer_of(
     """A trainer of ``model`` on a site's own ``data``, behind the site's budget where the manifest's mode is "local";
     see ``LocalTrainer``."""
     privacy, own = site.manifest.privacy, site.config.privacy
-    ledger = None
-    if privacy.mode == "local":
-        site.ledger.parent.mkdir(parents=True, exist_ok=True)
-        ledger = Ledger(
-            site.ledger,
-            dataset=fingerprint(data, site.keys.identity),
-            unit=privacy.unit,
-            site=site.name,
-            signer=site.keys.identity,
-        )
     return LocalTrainer(
         name=site.name,
         model=model,
@@ -340,7 +347,7 @@ def trainer_of(
         max_rows_per_patient=max_rows_per_patient,
         training=site.manifest.training,
         privacy=privacy,
-        ledger=ledger,
+        ledger=ledger_of(site, data) if privacy.mode == "local" else None,
         # What the data may ever cost is the site's own decision; the manifest says what a run may.
         budget=PrivacyBudget(own.epsilon, own.delta) if isinstance(own, LocalPrivacy) else None,
         consortium=site.manifest.consortium.name,
