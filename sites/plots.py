@@ -13,11 +13,12 @@ _RIGHT: Final = 24
 _TOP: Final = 48
 _BOTTOM: Final = 52
 # Of a page, where a picture may be as narrow as a telephone.
-_NARROW: Final = 560
-_LOW: Final = 280
+_NARROW: Final = 480
+_LOW: Final = 264
 _LEFT_NARROW: Final = 60
 _RIGHT_NARROW: Final = 12
-_TOP_NARROW: Final = 20
+_TOP_NARROW: Final = 24
+_BAR: Final = 6.0  # pixels from which on a bar stands by itself
 # Dark enough on white to be told apart by whoever sees no red; line styles and shapes say it too.
 _SPENT: Final = "#1f5fa8"
 _LIMIT: Final = "#b3261e"
@@ -84,26 +85,24 @@ def epsilon_plot(after_round: Sequence[float], *, spent: float, budget: float, t
 def composition_plot(marks: Sequence[Mark], *, title: str) -> str:
     """SVG of epsilon over all releases, one step each, under the line of the budget; crosses for refused ones."""
     spent = [mark.cumulative for mark in marks if not mark.refused]
-    limits = [mark.budget for mark in marks if mark.budget is not None]
-    finite = [value for value in (*spent, *limits) if math.isfinite(value)]
+    known = [mark.budget for mark in marks if mark.budget is not None and math.isfinite(mark.budget)]
+    finite = [*(value for value in spent if math.isfinite(value)), *known]
     asked = [mark.cumulative for mark in marks if mark.refused]
     most = max(finite, default=0.0)
     chart = _Chart(len(marks), 1.15 * max(most, min(max(asked, default=0.0), _REFUSED_ABOVE * most)), title)
     chart.axes("release No.", "epsilon, all together")
-    corners, below, limit = [(0.0, 0.0)], 0.0, [math.nan]
+    corners, limits = [(0.0, 0.0)], known[:1]
     for number, mark in enumerate(marks):
-        below = below if mark.refused else mark.cumulative
-        corners += [(number, below), (number + 1, below)]
-        limit.append(limit[-1] if mark.budget is None else mark.budget)
+        level = corners[-1][1] if mark.refused else mark.cumulative
+        corners += [(number, level), (number + 1, level)]
+        limits.append(mark.budget if mark.budget in known else limits[-1] if limits else math.inf)
     chart.area(corners)
     chart.polyline(corners, _SPENT)
-    known = next((value for value in limit if not math.isnan(value)), None)
-    if known is not None:
-        levels = [known if math.isnan(value) else value for value in limit[1:]]
-        chart.polyline([(n + end, level) for n, level in enumerate(levels) for end in (0, 1)], _LIMIT, "6 4")
-        chart.label(0, levels[0], f"budget {levels[0]:.4g}", _LIMIT)
-        if levels[-1] != levels[0]:
-            chart.label(len(marks), levels[-1], f"budget {levels[-1]:.4g}", _LIMIT, end=True)
+    if known:
+        chart.polyline([(n + end, limit) for n, limit in enumerate(limits[1:]) for end in (0, 1)], _LIMIT, "6 4")
+        chart.label(0, limits[0], f"budget {limits[0]:.4g}", _LIMIT)
+        if limits[-1] != limits[0]:
+            chart.label(len(marks), limits[-1], f"budget {limits[-1]:.4g}", _LIMIT, end=True)
     for number, mark in enumerate(marks):
         if mark.refused:
             chart.cross(number + 0.5, mark.cumulative)
@@ -121,7 +120,7 @@ def releases_plot(marks: Sequence[Mark], *, title: str) -> str:
     for number, mark in enumerate(marks):
         chart.bar(number, mark.epsilon, hollow=mark.refused)
     if any(not math.isfinite(mark.epsilon) for mark in marks):
-        chart.label(0, math.inf, "a bar up to the frame: no bound", _SPENT)
+        chart.label(0, math.inf, "bars that end up here have no bound", _SPENT)
     return chart.svg()
 
 
@@ -129,8 +128,8 @@ def accountants_plot(epsilons: Sequence[tuple[str, float]], *, budget: float | N
     """SVG of one horizontal bar per accountant, each with its name, and the line of the budget."""
     left, right, row, top = 60, 100, 30, 28
     height = top + row * len(epsilons) + 8
-    finite = [value for _, value in epsilons if math.isfinite(value)]
-    highest = 1.05 * max([*finite, budget or 0.0]) or 1.0
+    limits = [] if budget is None or not math.isfinite(budget) else [budget]
+    highest = 1.05 * max([*limits, *(value for _, value in epsilons if math.isfinite(value))], default=0.0) or 1.0
 
     def x(value: float) -> float:
         return left + (_NARROW - left - right) * min(value / highest, 1.0)
@@ -146,10 +145,10 @@ def accountants_plot(epsilons: Sequence[tuple[str, float]], *, budget: float | N
         shown = f"{value:.4g}" if math.isfinite(value) else "not computed"
         parts.append(f'<text x="{_NARROW - right + 8}" y="{y + 18}">{shown}</text>')
     parts.append(_line(left, top, left, height - 8, "#444444"))
-    if budget is not None:
+    for limit in limits:
         parts += [
-            _line(x(budget), top - 4, x(budget), height - 8, _LIMIT, 'stroke-width="2" stroke-dasharray="6 4"'),
-            f'<text x="{x(budget):.1f}" y="{top - 10}" text-anchor="middle" fill="{_LIMIT}">budget {budget:.4g}</text>',
+            _line(x(limit), top - 4, x(limit), height - 8, _LIMIT, 'stroke-width="2" stroke-dasharray="6 4"'),
+            f'<text x="{x(limit):.1f}" y="{top - 10}" text-anchor="middle" fill="{_LIMIT}">budget {limit:.4g}</text>',
         ]
     return _svg(_NARROW, height, title, parts)
 
@@ -176,7 +175,10 @@ class _Chart:
                 _line(self.x(0), self.y(value), self.x(self._count), self.y(value), "#dddddd"),
                 f'<text x="{self.x(0) - 8:.1f}" y="{self.y(value) + 4:.1f}" text-anchor="end">{value:.4g}</text>',
             ]
-        numbers = {1, self._count} | {int(n) for n in _ticks(self._count) if n == int(n) and 1 < n < 0.9 * self._count}
+        every = max(1, int(_ticks(self._count)[1]))
+        numbers = {1, self._count, *range(every, self._count, every)}
+        # None so near to the first or the last that they would overlap.
+        numbers -= {n for n in numbers if 0 < n - 1 < every / 2 or 0 < self._count - n < every / 2}
         self._parts += [
             f'<text x="{self.x(number - 0.5):.1f}" y="{_LOW - _BOTTOM + 18}" text-anchor="middle">{number}</text>'
             for number in sorted(numbers)
@@ -200,10 +202,11 @@ class _Chart:
 
     def bar(self, number: int, value: float, *, hollow: bool) -> None:
         wide = self.x(1) - self.x(0)
-        gap = min(0.15 * wide, 4.0) if wide > 3 else 0.0
+        # Without gaps narrow bars are one area, which overlaps of a hair keep free of seams.
+        left, right = (0.1, -0.1) if wide >= _BAR else (0.0, 0.05)
         paint = f'fill="none" stroke="{_LIMIT}"' if hollow else f'fill="{_SPENT}"'
         self._parts.append(
-            f'<rect x="{self.x(number) + gap:.2f}" y="{self.y(value):.1f}" width="{wide - 2 * gap:.2f}" '
+            f'<rect x="{self.x(number + left):.2f}" y="{self.y(value):.1f}" width="{(1 + right - left) * wide:.2f}" '
             f'height="{self.y(0) - self.y(value):.1f}" {paint}/>'
         )
 

@@ -5,7 +5,7 @@ the reader's judgement, with what the ledger says about it.
 """
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import Final
@@ -67,8 +67,8 @@ def _record(facts: Facts) -> _Judged:
         if given is None
     ]
     if missing:
-        return Status.JUDGE, f"All {facts.rows} rows are chained and signed, but {' and '.join(missing)}."
-    return Status.HOLDS, f"All {facts.rows} rows are chained and signed by the listed key, up to the noted head and on."
+        return Status.JUDGE, f"Every row is chained and signed, but {' and '.join(missing)}."
+    return Status.HOLDS, "Every row is chained and signed by the listed key; the noted head is among them."
 
 
 def _audited(facts: Facts) -> _Judged:
@@ -182,18 +182,18 @@ def _large_delta(facts: Facts) -> _Judged:
         return Status.PROBLEM, "No delta is recorded."
     if facts.patients is None:
         return Status.JUDGE, (
-            f"Delta is {facts.delta:g}. It should be far below one in the number of patients, which the ledger does "
-            "not hold: compare it with your own number."
+            f"Delta is {decimal(facts.delta)}. It should be far below one in the number of patients, which the ledger "
+            "does not hold: compare it with your own number."
         )
-    expected = facts.delta * facts.patients
-    text = f"Delta is {facts.delta:g}, with {facts.patients:g} patients"
+    expected, cautious = facts.delta * facts.patients, 1 / facts.patients**2
+    text = f"Delta is {decimal(facts.delta)}, for {facts.patients:g} patients"
     if expected >= 1:
         return Status.PROBLEM, f"{text}: not below 1 in {facts.patients:g}, it would allow to publish a patient."
-    if facts.delta * facts.patients**2 <= 1:
-        return Status.HOLDS, f"{text}: below 1 in their square."
+    if facts.delta <= cautious:
+        return Status.HOLDS, f"{text}: at most 1 in their square, which is cautious."
     return Status.JUDGE, (
-        f"{text}: {expected:.2g} of 1 in {facts.patients:g}. Below that, but not below 1 in their square, which would "
-        "be cautious."
+        f"{text}: in the worst case {expected:.2g} of them are expected to be exposed. 1 in their square, "
+        f"{cautious:.2g}, would be cautious."
     )
 
 
@@ -201,8 +201,8 @@ def _composition(facts: Facts) -> _Judged:
     if facts.wrong or facts.problems:
         return Status.PROBLEM, "The record's own sums do not hold, or its rows do not; see the top."
     return Status.HOLDS, (
-        f"{len(facts.releases)} releases of {len(facts.runs)} runs are composed as one; {facts.verified.claims} claims "
-        "were recomputed and hold."
+        f"{_count(facts.releases, 'release')} of {_count(facts.runs, 'run')} are composed as one; "
+        f"{facts.verified.claims} claims were recomputed and hold."
     )
 
 
@@ -264,10 +264,20 @@ def _limit(facts: Facts) -> _Judged:
         return Status.PROBLEM, f"Epsilon {facts.spent:.4g} is spent; the budget in force is {facts.budget}."
     if len(facts.budgets) > 1:
         changes = ", then ".join(
-            f"{epsilon:.4g} at delta {delta:g} from row {row}" for row, epsilon, delta in facts.budgets
+            f"{epsilon:.4g} at delta {decimal(delta)} from row {row}" for row, epsilon, delta in facts.budgets
         )
         return Status.JUDGE, f"The budget was changed: {changes}. Ask who decided that."
-    return Status.HOLDS, f"It has been {facts.budget:.4g} at delta {facts.delta:g} from the first decision on."
+    (_, epsilon, delta), *_ = facts.budgets
+    return Status.HOLDS, f"It has been {epsilon:.4g} at delta {decimal(delta)} from the first decision on."
+
+
+def _count(things: Sequence[object], name: str) -> str:
+    return f"{len(things)} {name}{'' if len(things) == 1 else 's'}"
+
+
+def decimal(value: float) -> str:
+    """A delta without an exponent, as long as somebody can count the zeros."""
+    return f"{value:.8f}".rstrip("0") if 1e-6 <= value < 1 and value == round(value, 8) else f"{value:.2g}"
 
 
 def _values(recorded: Mapping[str | None, int]) -> str:

@@ -350,7 +350,8 @@ class _Reading:
         """An update that was made, or sent, must be the one and only of an earlier reservation and of its round."""
         release = self.releases.get(reservation) if isinstance(reservation, int) else None
         if release is None or not isinstance(reservation, int):
-            self.wrong.append(f"row {number}: {kind} of row {_shown(reservation)}, which is no reservation before it")
+            what = "made" if kind == "commit" else "sent"
+            self.wrong.append(f"row {number}: an update was {what} for row {_shown(reservation)}, which reserved none")
         elif kind == "commit":
             of_round = (release.run, release.round_number, release.model_sha256)
             # Stops a second draw of the noise, which says more than is accounted for.

@@ -13,11 +13,11 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from sites.plots import Mark, accountants_plot, composition_plot, releases_plot
-from sites.reports.checklist import Status, checklist
+from sites.reports.checklist import Status, checklist, decimal
 from sites.reports.facts import Cohort, Facts, Verdict
 
 SHOWN: Final = 40  # decisions that a page lists, and problems
-LARGEST: Final = 20.0  # epsilon beyond which a factor says no more
+LARGEST: Final = math.log(1e6)  # epsilon beyond which a factor says no more
 PRIORS: Final = (0.01, 0.10, 0.50)
 UNITS: Final = {
     "patient": "one patient: everything this site's data holds about one person, under one key",
@@ -49,7 +49,7 @@ def render(facts: Facts) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters |= {"epsilon": _epsilon, "delta": _delta, "when": _when, "percent": _percent, "range": _range}
+    environment.filters |= {"epsilon": _epsilon, "delta": decimal, "when": _when, "percent": _percent, "range": _range}
     marks = _marks(facts)
     checks = checklist(facts)
     latest = facts.decisions[-SHOWN:]
@@ -59,6 +59,7 @@ def render(facts: Facts) -> str:
         bad=facts.verdict not in (Verdict.WITHIN, Verdict.NOTHING),
         trusted=facts.verdict not in (Verdict.TAMPERED, Verdict.WRONG),
         sentence=_sentence(facts),
+        left=_left(facts),
         wrong=[*facts.problems, *facts.wrong],
         unit=UNITS.get(facts.unit, f"one {facts.unit}, as the site defines it"),
         neighbouring=", ".join(
@@ -66,7 +67,10 @@ def render(facts: Facts) -> str:
             for value in facts.neighbouring_recorded
         ),
         odds=[(prior, posterior(prior, facts.spent)) for prior in PRIORS],
-        factor="any size" if facts.spent > LARGEST else f"{math.exp(facts.spent):.3g}",
+        factor="that is above a million and protects nobody"
+        if facts.spent > LARGEST
+        else f"of {math.exp(facts.spent):.3g}",
+        bounded=math.isfinite(facts.spent),
         guessed=right_guess(facts.spent, facts.delta or 0.0),
         adversaries=_adversaries(facts),
         secure_sums=[(cohort, _secure_sum(cohort)) for cohort in facts.cohorts],
@@ -103,7 +107,8 @@ def _adversaries(facts: Facts) -> list[Adversary]:
     epsilon holds against everybody.  With noise that several sites share, the epsilons differ: this is their place.
     """
     corrupt = {cohort.max_corrupt for cohort in facts.cohorts}
-    up_to = f"up to {_listed(corrupt)} other sites" if corrupt and None not in corrupt else "some other sites"
+    several = "site" if corrupt == {1} else "sites"
+    up_to = f"up to {_listed(corrupt)} other {several}" if corrupt and None not in corrupt else "some other sites"
     return [
         Adversary("An outsider", "the finished model, and the encrypted messages if they tap the network", facts.spent),
         Adversary("One curious site", "every version of the model, and what it did itself", facts.spent),
@@ -128,17 +133,22 @@ def _secure_sum(cohort: Cohort) -> str:
 
 
 def _sentence(facts: Facts) -> str:
-    spent, at_delta = _epsilon(facts.spent), "" if facts.delta is None else f" at delta {_delta(facts.delta)}"
+    spent = f"Epsilon {_epsilon(facts.spent)}" if math.isfinite(facts.spent) else "More than any epsilon can bound"
+    at_delta = "" if facts.delta is None else f" at delta {decimal(facts.delta)}"
     budget = "not recorded" if facts.budget is None else f"epsilon {_epsilon(facts.budget)}"
     return {
         Verdict.TAMPERED: "Rows of this ledger are not as the site wrote them. No figure on this page is reliable.",
         Verdict.WRONG: "The rows are as the site wrote them, but what they claim does not hold when it is recomputed.",
         Verdict.CONTRADICTED: "An audit has shown that more leaks about a person than the record claims.",
-        Verdict.EXCEEDED: f"Epsilon {spent} is spent{at_delta}; the budget in force is {budget}.",
-        Verdict.NOTHING: f"No release is recorded. The budget, {budget}{at_delta}, is untouched.",
+        Verdict.EXCEEDED: f"{spent} is spent{at_delta}; the budget in force is {budget}.",
+        Verdict.NOTHING: (
+            "No release is recorded, and no budget: the first request names it."
+            if facts.budget is None
+            else f"No release is recorded. The budget, {budget}{at_delta}, is untouched."
+        ),
         Verdict.WITHIN: (
-            f"Of {budget} that this data may ever cost a {facts.unit}, {spent} is spent and {facts.left:.2g} is "
-            f"left{at_delta}."
+            f"Of {budget} that this data may ever cost a {facts.unit}, {_epsilon(facts.spent)} is spent and "
+            f"{_left(facts)} is left{at_delta}."
         ),
     }[facts.verdict]
 
@@ -171,12 +181,11 @@ def _accountants(facts: Facts) -> str:
 def _epsilon(value: float | None) -> str:
     if value is None:
         return "not recorded"
-    return f"{value:.4g}" if math.isfinite(value) else "without bound"
+    return f"{value:.4g}" if math.isfinite(value) else "no bound"
 
 
-def _delta(value: float) -> str:
-    """Without an exponent, as long as somebody can count the zeros."""
-    return f"{value:.8f}".rstrip("0") if 1e-6 <= value < 1 and value == round(value, 8) else f"{value:g}"
+def _left(facts: Facts) -> str:
+    return "less than 0.001" if 0 < facts.left < 0.001 else f"{facts.left:.2g}"
 
 
 def _when(text: str) -> str:
@@ -187,7 +196,7 @@ def _when(text: str) -> str:
 def _percent(share: float) -> str:
     """Rounded up, so that what is printed holds."""
     tenths = math.ceil(1000 * share - 1e-9)
-    return "100 %" if share >= 1 else "almost 100 %" if tenths >= 1000 else f"{tenths / 10:g} %"
+    return "100\u00a0%" if share >= 1 else "almost 100\u00a0%" if tenths >= 1000 else f"{tenths / 10:g}\u00a0%"
 
 
 def _range(values: Sequence[float]) -> str:
