@@ -55,15 +55,15 @@ def recompute(entries: Iterable[Entry]) -> Recomputed:
         claims += 1
         row = f"row {entry['sequence']}"
         try:
-            event, at = release_of(entry).event, entry["delta"]
-            said_alone, cumulative, budget = (
-                float(entry[name]) for name in ("epsilon", "cumulative_epsilon", "budget_epsilon")
+            event, reserved = release_of(entry).event, entry["decision"] == RESERVED
+            at, said_alone, cumulative, budget = (
+                float(entry[name]) for name in ("delta", "epsilon", "cumulative_epsilon", "budget_epsilon")
             )
-            reserved = entry["decision"] == RESERVED
-            alone, together = rdp_epsilon([event], at), rdp_epsilon([*history, event], at)
+            rdp_epsilon((), at)  # a delta that is none is an error of the row
         except (ArithmeticError, AttributeError, KeyError, TypeError, ValueError) as error:
             wrong.append(f"{row}: not a decision as this version writes it: {type(error).__name__}: {error}")
             continue
+        alone, together = rdp_epsilon([event], at), rdp_epsilon([*history, event], at)
         found.append(Found(entry["sequence"], alone, together))
         for what, said, bound in (("this release", said_alone, alone), ("all together", cumulative, together)):
             # Said the other way round, a claim of NaN would hold.

@@ -22,7 +22,7 @@ _BAR: Final = 6.0  # pixels from which on a bar stands by itself
 # Dark enough on white to be told apart by whoever sees no red; line styles and shapes say it too.
 _SPENT: Final = "#1f5fa8"
 _LIMIT: Final = "#b3261e"
-_REFUSED_ABOVE: Final = 1.6  # of the budget: how far up a refused release is drawn where it is
+_REFUSED_ABOVE: Final = 1.6  # of all else: how far up a refused release is drawn where it is, not at the top
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -86,10 +86,8 @@ def composition_plot(marks: Sequence[Mark], *, title: str) -> str:
     """SVG of epsilon over all releases, one step each, under the line of the budget; crosses for refused ones."""
     spent = [mark.cumulative for mark in marks if not mark.refused]
     known = [mark.budget for mark in marks if mark.budget is not None and math.isfinite(mark.budget)]
-    finite = [*(value for value in spent if math.isfinite(value)), *known]
-    asked = [mark.cumulative for mark in marks if mark.refused]
-    most = max(finite, default=0.0)
-    chart = _Chart(len(marks), 1.15 * max(most, min(max(asked, default=0.0), _REFUSED_ABOVE * most)), title)
+    refused = [mark.cumulative for mark in marks if mark.refused]
+    chart = _Chart(len(marks), _highest([*spent, *known], refused), title)
     chart.axes("release No.", "epsilon, all together")
     corners, limits = [(0.0, 0.0)], known[:1]
     for number, mark in enumerate(marks):
@@ -114,8 +112,8 @@ def composition_plot(marks: Sequence[Mark], *, title: str) -> str:
 
 def releases_plot(marks: Sequence[Mark], *, title: str) -> str:
     """SVG of each release's epsilon alone, one bar each; those of refused ones are hollow."""
-    finite = [mark.epsilon for mark in marks if math.isfinite(mark.epsilon)]
-    chart = _Chart(len(marks), 1.15 * max(finite, default=0.0), title)
+    refused = [mark.epsilon for mark in marks if mark.refused]
+    chart = _Chart(len(marks), _highest([mark.epsilon for mark in marks if not mark.refused], refused), title)
     chart.axes("release No.", "epsilon, each alone")
     for number, mark in enumerate(marks):
         chart.bar(number, mark.epsilon, hollow=mark.refused)
@@ -228,6 +226,13 @@ class _Chart:
 
     def _points(self, corners: Sequence[tuple[float, float]]) -> str:
         return " ".join(f"{self.x(number):.1f},{self.y(value):.1f}" for number, value in corners)
+
+
+def _highest(values: Sequence[float], refused: Sequence[float]) -> float:
+    """The end of an axis for ``values``, and for what was refused unless that would dwarf them."""
+    most = max((value for value in values if math.isfinite(value)), default=0.0)
+    asked = max((value for value in refused if math.isfinite(value)), default=0.0)
+    return 1.15 * (max(most, min(asked, _REFUSED_ABOVE * most)) if most > 0 else asked)
 
 
 def _svg(width: int, height: int, title: str, parts: Sequence[str]) -> str:

@@ -5,12 +5,13 @@ the reader's judgement, with what the ledger says about it.
 """
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import Final
 
 from sites.reports.facts import Facts
+from sites.reports.words import count, decimal, epsilon
 
 STRONG: Final = 1.0  # epsilon; Ponomareva et al., "How to DP-fy ML", JAIR 77 (2023), section 5.2, tiers 1 and 2
 WEAK: Final = 10.0
@@ -201,7 +202,7 @@ def _composition(facts: Facts) -> _Judged:
     if facts.wrong or facts.problems:
         return Status.PROBLEM, "The record's own sums do not hold, or its rows do not; see the top."
     return Status.HOLDS, (
-        f"{_count(facts.releases, 'release')} of {_count(facts.runs, 'run')} are composed as one; "
+        f"{count(len(facts.releases), 'release')} of {count(len(facts.runs), 'run')} are composed as one; "
         f"{facts.verified.claims} claims were recomputed and hold."
     )
 
@@ -260,24 +261,12 @@ def _crashes(facts: Facts) -> _Judged:
 
 
 def _limit(facts: Facts) -> _Judged:
-    if facts.budget is None or facts.exceeded:
-        return Status.PROBLEM, f"Epsilon {facts.spent:.4g} is spent; the budget in force is {facts.budget}."
-    if len(facts.budgets) > 1:
-        changes = ", then ".join(
-            f"{epsilon:.4g} at delta {decimal(delta)} from row {row}" for row, epsilon, delta in facts.budgets
-        )
-        return Status.JUDGE, f"The budget was changed: {changes}. Ask who decided that."
-    (_, epsilon, delta), *_ = facts.budgets
-    return Status.HOLDS, f"It has been {epsilon:.4g} at delta {decimal(delta)} from the first decision on."
-
-
-def _count(things: Sequence[object], name: str) -> str:
-    return f"{len(things)} {name}{'' if len(things) == 1 else 's'}"
-
-
-def decimal(value: float) -> str:
-    """A delta without an exponent, as long as somebody can count the zeros."""
-    return f"{value:.8f}".rstrip("0") if 1e-6 <= value < 1 and value == round(value, 8) else f"{value:.2g}"
+    if facts.exceeded:
+        return Status.PROBLEM, f"Spent: {epsilon(facts.spent)}. Budget in force: {epsilon(facts.budget)}."
+    limits = [f"{epsilon(limit)} at delta {decimal(delta)}" for _, limit, delta in facts.budgets]
+    if len(limits) > 1:
+        return Status.JUDGE, f"The budget was changed: {', then '.join(limits)}. Ask who decided that."
+    return Status.HOLDS, f"It has been {limits[0]} from the first decision on."
 
 
 def _values(recorded: Mapping[str | None, int]) -> str:

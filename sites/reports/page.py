@@ -5,7 +5,6 @@ and requests besides.
 """
 
 import math
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Final
 
@@ -13,8 +12,9 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from sites.plots import Mark, accountants_plot, composition_plot, releases_plot
-from sites.reports.checklist import Status, checklist, decimal
+from sites.reports.checklist import Status, checklist
 from sites.reports.facts import Cohort, Facts, Verdict
+from sites.reports.words import count, decimal, epsilon, percent, span, when
 
 SHOWN: Final = 40  # decisions that a page lists, and problems
 LARGEST: Final = math.log(1e6)  # epsilon beyond which a factor says no more
@@ -49,7 +49,8 @@ def render(facts: Facts) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters |= {"epsilon": _epsilon, "delta": decimal, "when": _when, "percent": _percent, "range": _range}
+    for word in (count, decimal, epsilon, percent, span, when):
+        environment.filters[word.__name__] = word
     marks = _marks(facts)
     checks = checklist(facts)
     latest = facts.decisions[-SHOWN:]
@@ -85,18 +86,18 @@ def render(facts: Facts) -> str:
     )
 
 
-def posterior(prior: float, epsilon: float) -> float:
+def posterior(prior: float, spent: float) -> float:
     """How sure somebody who was sure of ``prior`` can be afterwards, at most: odds grow by at most exp(epsilon)."""
-    return prior / (prior + (1 - prior) * math.exp(-epsilon))
+    return prior / (prior + (1 - prior) * math.exp(-spent))
 
 
-def right_guess(epsilon: float, delta: float) -> float:
+def right_guess(spent: float, delta: float) -> float:
     """The chance to guess right whether a patient was in the data, if both are as likely, at most.
 
     Kairouz, Oh, Viswanath, "The composition theorem for differential privacy", ICML 2015: the least sum of both errors
     is 2 (1 - delta) / (1 + exp(epsilon)).
     """
-    shrunk = math.exp(-epsilon)
+    shrunk = math.exp(-spent)
     return (1 + delta * shrunk) / (1 + shrunk)
 
 
@@ -133,9 +134,9 @@ def _secure_sum(cohort: Cohort) -> str:
 
 
 def _sentence(facts: Facts) -> str:
-    spent = f"Epsilon {_epsilon(facts.spent)}" if math.isfinite(facts.spent) else "More than any epsilon can bound"
+    spent = f"Epsilon {epsilon(facts.spent)}" if math.isfinite(facts.spent) else "More than any epsilon can bound"
     at_delta = "" if facts.delta is None else f" at delta {decimal(facts.delta)}"
-    budget = "not recorded" if facts.budget is None else f"epsilon {_epsilon(facts.budget)}"
+    budget = "not recorded" if facts.budget is None else f"epsilon {epsilon(facts.budget)}"
     return {
         Verdict.TAMPERED: "Rows of this ledger are not as the site wrote them. No figure on this page is reliable.",
         Verdict.WRONG: "The rows are as the site wrote them, but what they claim does not hold when it is recomputed.",
@@ -147,7 +148,7 @@ def _sentence(facts: Facts) -> str:
             else f"No release is recorded. The budget, {budget}{at_delta}, is untouched."
         ),
         Verdict.WITHIN: (
-            f"Of {budget} that this data may ever cost a {facts.unit}, {_epsilon(facts.spent)} is spent and "
+            f"Of {budget} that this data may ever cost a {facts.unit}, {epsilon(facts.spent)} is spent and "
             f"{_left(facts)} is left{at_delta}."
         ),
     }[facts.verdict]
@@ -167,41 +168,19 @@ def _marks(facts: Facts) -> list[Mark]:
 
 def _composition_title(facts: Facts) -> str:
     return (
-        f"Epsilon of all {len(facts.releases)} releases together reaches {_epsilon(facts.spent)}; the budget is "
-        f"{_epsilon(facts.budget)}; {len(facts.refused)} were refused"
+        f"Epsilon of all {len(facts.releases)} releases together reaches {epsilon(facts.spent)}; the budget is "
+        f"{epsilon(facts.budget)}; {len(facts.refused)} were refused"
     )
 
 
 def _accountants(facts: Facts) -> str:
     found = [(total.name, total.epsilon) for total in facts.totals]
-    title = "; ".join(f"{name}: epsilon {_epsilon(value)}" for name, value in found)
+    title = "; ".join(f"{name}: epsilon {epsilon(value)}" for name, value in found)
     return accountants_plot(found, budget=facts.budget, title=title)
-
-
-def _epsilon(value: float | None) -> str:
-    if value is None:
-        return "not recorded"
-    return f"{value:.4g}" if math.isfinite(value) else "no bound"
 
 
 def _left(facts: Facts) -> str:
     return "less than 0.001" if 0 < facts.left < 0.001 else f"{facts.left:.2g}"
-
-
-def _when(text: str) -> str:
-    """A row's time; whatever is not one is shown as it is."""
-    return f"{text[:10]} {text[11:16]}" if len(text) == len("2026-01-01T00:00:00Z") and text[10:11] == "T" else text
-
-
-def _percent(share: float) -> str:
-    """Rounded up, so that what is printed holds."""
-    tenths = math.ceil(1000 * share - 1e-9)
-    return "100\u00a0%" if share >= 1 else "almost 100\u00a0%" if tenths >= 1000 else f"{tenths / 10:g}\u00a0%"
-
-
-def _range(values: Sequence[float]) -> str:
-    low, high = (f"{value:.4g}" for value in values)
-    return low if low == high else f"{low} to {high}"
 
 
 def _listed(values: set[int | None]) -> str:
