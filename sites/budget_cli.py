@@ -42,6 +42,12 @@ def _svg(value: Path | None) -> Path | None:
     return value
 
 
+def _html(value: Path) -> Path:
+    if value.suffix.lower() not in (".html", ".htm"):
+        raise typer.BadParameter(f"{value} does not end in .html, the one format that is written.")
+    return value
+
+
 @budget_app.command(
     name="plan",
     epilog="[bold]Example[/bold]: [cyan]secureagg budget plan --patients 30 --batch 8 --rounds 10 --steps 2 "
@@ -129,6 +135,50 @@ def check_command(
     )
     for total in checked.totals:
         out.print(f"{total.name}: {_shown(total.epsilon, '.4g')} ({total.version})", soft_wrap=True, markup=False)
+
+
+@budget_app.command(
+    name="report",
+    epilog="[bold]Example[/bold]: [cyan]secureagg budget report ledger.sqlite --out report.html --roster manifest.toml "
+    "--head HEAD[/cyan]",
+)
+def report_command(
+    ledger: LedgerFile,
+    target: Annotated[Path, typer.Option("--out", callback=_html, help="The .html file to write.")],
+    roster: Annotated[
+        Path | None, typer.Option(help="A manifest that lists the site: the ledger must be signed by its key.")
+    ] = None,
+    head: NotedHead = None,
+    json_file: Annotated[
+        Path | None, typer.Option("--json", help="Also write what the page says to this file.")
+    ] = None,
+) -> None:
+    """Write the page that a privacy officer reads and signs: one HTML file, everything in it recomputed.
+
+    It is written whatever is found.  Status 0 only if the ledger holds, no audit contradicts it and the budget is kept.
+    """
+    from dp.errors import BudgetExhausted, LedgerTampered  # noqa: PLC0415
+    from sites.files import write_atomic  # noqa: PLC0415
+    from sites.manifest import Manifest  # noqa: PLC0415
+    from sites.reports.facts import Verdict, facts_of  # noqa: PLC0415
+    from sites.reports.page import as_json, render  # noqa: PLC0415
+
+    facts = facts_of(read_rows(ledger), manifest=None if roster is None else Manifest.load(roster), head=head)
+    write_atomic(target, render(facts).encode())
+    out.print(f"{target}  {facts.verdict.lower()}: epsilon {facts.spent:.4g} spent", soft_wrap=True, markup=False)
+    if json_file is not None:
+        write_atomic(json_file, json.dumps(_finite(as_json(facts)), indent=2).encode() + b"\n")
+        out.print(f"{json_file}  the same for machines", soft_wrap=True, markup=False)
+    found = [*facts.problems, *facts.wrong]
+    for text in found:
+        out.print(text, soft_wrap=True, markup=False)
+    match facts.verdict:
+        case Verdict.TAMPERED | Verdict.WRONG | Verdict.CONTRADICTED:
+            raise LedgerTampered(f"ledger {ledger}: {facts.verdict.lower()} ({len(found)} findings); {target} says it")
+        case Verdict.EXCEEDED:
+            raise BudgetExhausted(
+                f"ledger {ledger}: epsilon {facts.spent:.4g} is spent, expected at most {facts.budget}"
+            )
 
 
 def _key_in(roster: Path, *, site: str) -> bytes:

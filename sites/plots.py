@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 from html import escape
 from typing import Final
 
@@ -11,6 +12,28 @@ _LEFT: Final = 64
 _RIGHT: Final = 24
 _TOP: Final = 48
 _BOTTOM: Final = 52
+# Of a page, where a picture may be as narrow as a telephone.
+_NARROW: Final = 480
+_LOW: Final = 264
+_LEFT_NARROW: Final = 60
+_RIGHT_NARROW: Final = 12
+_TOP_NARROW: Final = 24
+_BAR: Final = 6.0  # pixels from which on a bar stands by itself
+# Dark enough on white to be told apart by whoever sees no red; line styles and shapes say it too.
+_SPENT: Final = "#1f5fa8"
+_LIMIT: Final = "#b3261e"
+_REFUSED_ABOVE: Final = 1.6  # of all else: how far up a refused release is drawn where it is, not at the top
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Mark:
+    """One release in a picture: its ``epsilon`` alone, the ``cumulative`` one with all before it (of a refused release:
+    what was asked), and the ``budget`` at its time, if it is known.  Infinity is drawn at the top."""
+
+    epsilon: float
+    cumulative: float
+    budget: float | None
+    refused: bool
 
 
 def epsilon_plot(after_round: Sequence[float], *, spent: float, budget: float, title: str) -> str:
@@ -57,6 +80,172 @@ def epsilon_plot(after_round: Sequence[float], *, spent: float, budget: float, t
         "</svg>",
     ]
     return "\n".join(parts) + "\n"
+
+
+def composition_plot(marks: Sequence[Mark], *, title: str) -> str:
+    """SVG of epsilon over all releases, one step each, under the line of the budget; crosses for refused ones."""
+    spent = [mark.cumulative for mark in marks if not mark.refused]
+    known = [mark.budget for mark in marks if mark.budget is not None and math.isfinite(mark.budget)]
+    refused = [mark.cumulative for mark in marks if mark.refused]
+    chart = _Chart(len(marks), _highest([*spent, *known], refused), title)
+    chart.axes("release No.", "epsilon, all together")
+    corners, limits = [(0.0, 0.0)], known[:1]
+    for number, mark in enumerate(marks):
+        level = corners[-1][1] if mark.refused else mark.cumulative
+        corners += [(number, level), (number + 1, level)]
+        limits.append(mark.budget if mark.budget in known else limits[-1] if limits else math.inf)
+    chart.area(corners)
+    chart.polyline(corners, _SPENT)
+    if known:
+        chart.polyline([(n + end, limit) for n, limit in enumerate(limits[1:]) for end in (0, 1)], _LIMIT, "6 4")
+        chart.label(0, limits[0], f"budget {limits[0]:.4g}", _LIMIT)
+        if limits[-1] != limits[0]:
+            chart.label(len(marks), limits[-1], f"budget {limits[-1]:.4g}", _LIMIT, end=True)
+    for number, mark in enumerate(marks):
+        if mark.refused:
+            chart.cross(number + 0.5, mark.cumulative)
+        elif not math.isfinite(mark.cumulative):
+            chart.label(number + 0.5, math.inf, "no bound", _SPENT)
+            break
+    return chart.svg()
+
+
+def releases_plot(marks: Sequence[Mark], *, title: str) -> str:
+    """SVG of each release's epsilon alone, one bar each; those of refused ones are hollow."""
+    refused = [mark.epsilon for mark in marks if mark.refused]
+    chart = _Chart(len(marks), _highest([mark.epsilon for mark in marks if not mark.refused], refused), title)
+    chart.axes("release No.", "epsilon, each alone")
+    for number, mark in enumerate(marks):
+        chart.bar(number, mark.epsilon, hollow=mark.refused)
+    if any(not math.isfinite(mark.epsilon) for mark in marks):
+        chart.label(0, math.inf, "bars that end up here have no bound", _SPENT)
+    return chart.svg()
+
+
+def accountants_plot(epsilons: Sequence[tuple[str, float]], *, budget: float | None, title: str) -> str:
+    """SVG of one horizontal bar per accountant, each with its name, and the line of the budget."""
+    left, right, row, top = 60, 100, 30, 28
+    height = top + row * len(epsilons) + 8
+    limits = [] if budget is None or not math.isfinite(budget) else [budget]
+    highest = 1.05 * max([*limits, *(value for _, value in epsilons if math.isfinite(value))], default=0.0) or 1.0
+
+    def x(value: float) -> float:
+        return left + (_NARROW - left - right) * min(value / highest, 1.0)
+
+    parts = []
+    for number, (name, value) in enumerate(epsilons):
+        y = top + row * number
+        parts.append(f'<text x="{left - 8}" y="{y + 18}" text-anchor="end">{escape(name)}</text>')
+        if math.isfinite(value):
+            parts.append(
+                f'<rect x="{left}" y="{y + 5}" width="{x(value) - left:.1f}" height="{row - 10}" fill="{_SPENT}"/>'
+            )
+        shown = f"{value:.4g}" if math.isfinite(value) else "not computed"
+        parts.append(f'<text x="{_NARROW - right + 8}" y="{y + 18}">{shown}</text>')
+    parts.append(_line(left, top, left, height - 8, "#444444"))
+    for limit in limits:
+        parts += [
+            _line(x(limit), top - 4, x(limit), height - 8, _LIMIT, 'stroke-width="2" stroke-dasharray="6 4"'),
+            f'<text x="{x(limit):.1f}" y="{top - 10}" text-anchor="middle" fill="{_LIMIT}">budget {limit:.4g}</text>',
+        ]
+    return _svg(_NARROW, height, title, parts)
+
+
+class _Chart:
+    """Axes for ``count`` releases, each a band of its own, and epsilon from 0 to ``highest``."""
+
+    def __init__(self, count: int, highest: float, title: str) -> None:
+        self._count = max(count, 1)
+        self._highest = highest if highest > 0 else 1.0
+        self._title = title
+        self._parts: list[str] = []
+
+    def x(self, number: float) -> float:
+        return _LEFT_NARROW + (_NARROW - _LEFT_NARROW - _RIGHT_NARROW) * number / self._count
+
+    def y(self, value: float) -> float:
+        bottom = _LOW - _BOTTOM
+        return bottom - (bottom - _TOP_NARROW) * min(value / self._highest, 1.0)
+
+    def axes(self, across: str, up: str) -> None:
+        for value in _ticks(self._highest):
+            self._parts += [
+                _line(self.x(0), self.y(value), self.x(self._count), self.y(value), "#dddddd"),
+                f'<text x="{self.x(0) - 8:.1f}" y="{self.y(value) + 4:.1f}" text-anchor="end">{value:.4g}</text>',
+            ]
+        every = max(1, int(_ticks(self._count)[1]))
+        numbers = {1, self._count, *range(every, self._count, every)}
+        # None so near to the first or the last that they would overlap.
+        numbers -= {n for n in numbers if 0 < n - 1 < every / 2 or 0 < self._count - n < every / 2}
+        self._parts += [
+            f'<text x="{self.x(number - 0.5):.1f}" y="{_LOW - _BOTTOM + 18}" text-anchor="middle">{number}</text>'
+            for number in sorted(numbers)
+        ]
+        middle = (_TOP_NARROW + _LOW - _BOTTOM) / 2
+        self._parts += [
+            _line(self.x(0), self.y(0), self.x(self._count), self.y(0), "#444444"),
+            f'<text x="{self.x(self._count / 2):.1f}" y="{_LOW - 12}" text-anchor="middle">{across}</text>',
+            f'<text x="14" y="{middle}" text-anchor="middle" transform="rotate(-90 14 {middle})">{up}</text>',
+        ]
+
+    def polyline(self, corners: Sequence[tuple[float, float]], colour: str, dashes: str = "none") -> None:
+        self._parts.append(
+            f'<polyline points="{self._points(corners)}" fill="none" stroke="{colour}" stroke-width="2" '
+            f'stroke-dasharray="{dashes}"/>'
+        )
+
+    def area(self, corners: Sequence[tuple[float, float]]) -> None:
+        closed = [*corners, (corners[-1][0], 0.0)]
+        self._parts.append(f'<polygon points="{self._points(closed)}" fill="{_SPENT}" fill-opacity="0.1"/>')
+
+    def bar(self, number: int, value: float, *, hollow: bool) -> None:
+        wide = self.x(1) - self.x(0)
+        # Without gaps narrow bars are one area, which overlaps of a hair keep free of seams.
+        left, right = (0.1, -0.1) if wide >= _BAR else (0.0, 0.05)
+        paint = f'fill="none" stroke="{_LIMIT}"' if hollow else f'fill="{_SPENT}"'
+        self._parts.append(
+            f'<rect x="{self.x(number + left):.2f}" y="{self.y(value):.1f}" width="{(1 + right - left) * wide:.2f}" '
+            f'height="{self.y(0) - self.y(value):.1f}" {paint}/>'
+        )
+
+    def cross(self, number: float, value: float) -> None:
+        x, y = self.x(number), self.y(value)
+        self._parts.append(
+            f'<path d="M{x - 4:.1f} {y - 4:.1f} l8 8 m0 -8 l-8 8" fill="none" stroke="{_LIMIT}" stroke-width="2"/>'
+        )
+
+    def label(self, number: float, value: float, text: str, colour: str, *, end: bool = False) -> None:
+        anchor, shift = ("end", -6) if end else ("start", 6)
+        self._parts.append(
+            f'<text x="{self.x(number) + shift:.1f}" y="{self.y(value) - 6:.1f}" text-anchor="{anchor}" '
+            f'fill="{colour}">{text}</text>'
+        )
+
+    def svg(self) -> str:
+        return _svg(_NARROW, _LOW, self._title, self._parts)
+
+    def _points(self, corners: Sequence[tuple[float, float]]) -> str:
+        return " ".join(f"{self.x(number):.1f},{self.y(value):.1f}" for number, value in corners)
+
+
+def _highest(values: Sequence[float], refused: Sequence[float]) -> float:
+    """The end of an axis for ``values``, and for what was refused unless that would dwarf them."""
+    most = max((value for value in values if math.isfinite(value)), default=0.0)
+    asked = max((value for value in refused if math.isfinite(value)), default=0.0)
+    return 1.15 * (max(most, min(asked, _REFUSED_ABOVE * most)) if most > 0 else asked)
+
+
+def _svg(width: int, height: int, title: str, parts: Sequence[str]) -> str:
+    """A picture for a page, which has its caption beside it; the title is for whoever cannot see it."""
+    return "\n".join(
+        (
+            f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" width="{width}" '
+            f'height="{height}" role="img" font-family="sans-serif" font-size="13">',
+            f"<title>{escape(title)}</title>",
+            *parts,
+            "</svg>\n",
+        )
+    )
 
 
 def _line(x1: float, y1: float, x2: float, y2: float, colour: str, extra: str = "") -> str:

@@ -33,6 +33,10 @@ def test_an_honest_ledger_holds(tmp_path: Path) -> None:
     assert found.claimed == pytest.approx(rdp_epsilon(events, 1e-3))
     assert [total.name for total in found.totals] == ["RDP", "PRV", "PLD"]
     assert all(0 < total.epsilon <= found.claimed * (1 + 1e-9) for total in found.totals)
+    assert [each.sequence for each in found.found] == [2, 3, 4, 5]
+    assert found.found[1].epsilon == rdp_epsilon(events[1:2], 1e-3)
+    assert found.found[1].cumulative == rdp_epsilon(events[:2], 1e-3)
+    assert found.found[2].cumulative == found.totals[0].epsilon < found.found[3].cumulative
 
 
 def test_an_empty_ledger(tmp_path: Path) -> None:
@@ -65,3 +69,30 @@ def test_a_claim_that_does_not_hold(tmp_path: Path, claim: Claim, texts: list[st
     assert len(found.wrong) == len(texts)
     for text, expected in zip(found.wrong, texts, strict=True):
         assert expected in text
+
+
+@pytest.mark.parametrize(
+    ("changes", "text"),
+    [
+        ({"event": None}, "TypeError"),
+        ({"event": {"mechanism": "Magic"}}, "KeyError"),
+        ({"event": {"mechanism": "PoissonSampledGaussian", "steps": 1}}, "TypeError"),
+        ({"delta": "small"}, "ValueError"),
+        ({"delta": 2.0}, "UnsupportedEvent"),
+        ({"epsilon": None}, "TypeError"),
+        ({"cumulative_epsilon": 10**400}, "OverflowError"),
+        ({"decision": None}, "all together"),
+        ({"epsilon": "nan"}, "claims epsilon nan for this release"),
+        ({"cumulative_epsilon": "nan"}, "reserved at epsilon nan"),
+    ],
+)
+def test_a_row_that_is_none(tmp_path: Path, changes: dict[str, object], text: str) -> None:
+    """A decision that cannot be read, or whose numbers are none, is wrong; the rows after it are still recomputed."""
+    ledger = open_ledger(tmp_path / "ledger.sqlite")
+    BudgetGuard(PrivacyBudget(1.0, 1e-3), ledger).authorize(release(1))
+    BudgetGuard(PrivacyBudget(1.0, 1e-3), ledger).authorize(release(2))
+    opening, first, second = verify(read_ledger(tmp_path / "ledger.sqlite")).entries
+    found = recompute([opening, {**first, **changes}, {**second, "cumulative_epsilon": 0.1}])
+    assert any(line.startswith("row 2") and text in line for line in found.wrong) or "decision" in changes
+    assert any(line.startswith("row 3: claims epsilon 0.1 for all together") for line in found.wrong)
+    assert found.claims == 2

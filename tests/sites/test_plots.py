@@ -1,10 +1,12 @@
 """Pictures for reports."""
 
+import math
+from collections.abc import Iterator
 from xml.etree import ElementTree as ET
 
 import pytest
 
-from sites.plots import epsilon_plot
+from sites.plots import Mark, accountants_plot, composition_plot, epsilon_plot, releases_plot
 
 SVG = "{http://www.w3.org/2000/svg}"
 
@@ -50,3 +52,100 @@ def test_a_title_is_text() -> None:
     """Signs that mean something in XML stay text."""
     (title,) = drawn(title="a < b & c").iter(f"{SVG}title")
     assert title.text == "a < b & c"
+
+
+def mark(cumulative: float, *, epsilon: float = 0.5, budget: float | None = 1.0, refused: bool = False) -> Mark:
+    """One release of a picture."""
+    return Mark(epsilon=epsilon, cumulative=cumulative, budget=budget, refused=refused)
+
+
+def points(picture: ET.Element) -> Iterator[tuple[float, float]]:
+    """Every point of every line and bar."""
+    for curve in [*picture.iter(f"{SVG}polyline"), *picture.iter(f"{SVG}polygon")]:
+        for corner in curve.attrib["points"].split():
+            x, y = map(float, corner.split(","))
+            yield x, y
+    for bar in picture.iter(f"{SVG}rect"):
+        x, y, wide, high = (float(bar.attrib[name]) for name in ("x", "y", "width", "height"))
+        assert wide >= 0
+        assert high >= 0
+        yield from ((x, y), (x + wide, y + high))
+    for text in picture.iter(f"{SVG}text"):
+        yield float(text.attrib["x"]), float(text.attrib["y"])
+
+
+MARKS = {
+    "none": [],
+    "one": [mark(0.9)],
+    "five hundred": [mark(number / 500, epsilon=0.1) for number in range(1, 501)],
+    "refused alone": [mark(7.0, refused=True)],
+    "far too much": [mark(0.5), mark(1e9, epsilon=1e9, refused=True)],
+    "no bound": [mark(0.5), mark(math.inf, epsilon=math.inf), mark(math.inf)],
+    "no budget": [mark(0.5, budget=None), mark(0.7, budget=None)],
+    "boundless": [mark(math.inf, epsilon=math.inf, budget=math.inf)],
+    "nothing spent": [mark(0.0, epsilon=0.0, budget=None)],
+    "tiny": [mark(1e-12, epsilon=1e-12, budget=1e-11)],
+}
+
+
+@pytest.mark.parametrize("marks", MARKS.values(), ids=MARKS)
+def test_everything_is_inside(marks: list[Mark]) -> None:
+    """Whatever is drawn, all of it lies in the picture, at finite places, and no label is a number that is none."""
+    for svg in (
+        composition_plot(marks, title="a & b"),
+        releases_plot(marks, title="a & b"),
+        accountants_plot([("RDP", mark.cumulative) for mark in marks[-3:]], budget=math.inf, title="a & b"),
+        accountants_plot([("RDP", mark.cumulative) for mark in marks[-3:]], budget=0.7, title="a & b"),
+    ):
+        picture = ET.fromstring(svg)  # noqa: S314
+        width, height = (float(picture.attrib[name]) for name in ("width", "height"))
+        for x, y in points(picture):
+            assert 0 <= x <= width
+            assert 0 <= y <= height
+        assert picture.findtext(f"{SVG}title") == "a & b"
+        assert picture.attrib["role"] == "img"
+        assert "nan" not in svg
+        assert ">inf" not in svg
+
+
+def test_the_curve_steps_up_at_each_release_and_not_at_refused_ones() -> None:
+    """The level over each release's band is its cumulative epsilon; a refused one leaves it, and has a cross."""
+    picture = ET.fromstring(composition_plot([mark(0.25), mark(0.9, refused=True), mark(0.5)], title="x"))  # noqa: S314
+    spent, limit = picture.iter(f"{SVG}polyline")
+    levels = [float(corner.split(",")[1]) for corner in spent.attrib["points"].split()]
+    bottom, top = levels[0], float(limit.attrib["points"].split(",")[1].split()[0])
+    assert [round((bottom - level) / (bottom - top), 2) for level in levels] == [0, 0.25, 0.25, 0.25, 0.25, 0.5, 0.5]
+    assert len(list(picture.iter(f"{SVG}path"))) == 1
+
+
+def test_a_budget_that_changes_is_drawn_as_it_was() -> None:
+    """The budget's line steps where the budget did, with both labels."""
+    picture = ET.fromstring(composition_plot([mark(0.2), mark(0.3, budget=0.5)], title="x"))  # noqa: S314
+    _, limit = picture.iter(f"{SVG}polyline")
+    assert len({corner.split(",")[1] for corner in limit.attrib["points"].split()}) == 2
+    assert {"budget 1", "budget 0.5"} <= {text.text for text in picture.iter(f"{SVG}text")}
+
+
+def test_bars_are_as_long_as_their_numbers() -> None:
+    """Bars are proportional to epsilon; refused ones are hollow, and an accountant without a figure has none."""
+    bars = ET.fromstring(  # noqa: S314
+        releases_plot([mark(1, epsilon=0.4), mark(1, epsilon=0.6, refused=True), mark(1, epsilon=0.2)], title="x")
+    ).iter(f"{SVG}rect")
+    heights, fills = zip(*((float(bar.attrib["height"]), bar.attrib["fill"]) for bar in bars), strict=True)
+    assert heights == pytest.approx([2 * heights[2], 3 * heights[2], heights[2]], abs=0.3)
+    assert fills == ("#1f5fa8", "none", "#1f5fa8")
+    picture = ET.fromstring(  # noqa: S314
+        accountants_plot([("RDP", 0.8), ("PRV", 0.4), ("PLD", math.inf)], budget=1.0, title="x")
+    )
+    rdp, prv = picture.iter(f"{SVG}rect")
+    assert float(rdp.attrib["width"]) == pytest.approx(2 * float(prv.attrib["width"]), abs=0.2)
+    labels = [text.text for text in picture.iter(f"{SVG}text")]
+    assert labels == ["RDP", "0.8", "PRV", "0.4", "PLD", "not computed", "budget 1"]
+
+
+def test_what_was_refused_does_not_dwarf_what_was_not() -> None:
+    """A refused release that asked for a thousand times as much leaves the others readable."""
+    marks = [mark(0.5), mark(900.0, epsilon=900.0, refused=True), mark(0.8)]
+    for svg in (composition_plot(marks, title="x"), releases_plot(marks, title="x")):
+        up = [text.text or "" for text in ET.fromstring(svg).iter(f"{SVG}text")]  # noqa: S314
+        assert max(float(text) for text in up if text.replace(".", "").isdigit()) <= 3
