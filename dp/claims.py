@@ -9,7 +9,7 @@ from typing import Final
 
 from dp.accountants import AccountantTotal, rdp_epsilon, totals
 from dp.chain import Entry
-from dp.events import PoissonSampledGaussian
+from dp.events import Event
 from dp.ledger import RESERVED, release_of
 
 TOLERANCE: Final = 1e-6  # relative; what another version of a library may round otherwise
@@ -32,7 +32,7 @@ def recompute(entries: Iterable[Entry]) -> Recomputed:
 
     A claim is wrong if it is below what is found, and a decision if it exceeds the budget that it names.
     """
-    history: list[PoissonSampledGaussian] = []
+    history: list[Event] = []
     wrong: list[str] = []
     claims, claimed, delta = 0, 0.0, None
     for entry in entries:
