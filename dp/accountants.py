@@ -4,7 +4,8 @@
 (Mironov 2017; subsampling after Mironov, Talwar, Zhang 2019; conversion after Canonne, Kamath, Steinke 2020, prop. 12).
 ``Prv`` and ``Pld`` stand beside it in reports: both compose the distribution of the privacy loss itself by fast Fourier
 transforms and are nearly exact, Prv after Gopi, Lee, Wutschitz 2021, Pld after Koskela et al. 2020 with the rounding
-of Doroshenko et al. 2022.  The gap to Rdp is what the gate's caution costs.
+of Doroshenko et al. 2022.  The gap to Rdp is what the gate's caution costs.  Histories with integer noise are for Rdp
+alone (``dp.divergences``): in many coordinates such noise has no known distribution of the privacy loss.
 
 Every figure is an upper bound; infinity means that an accountant can show none in bounded time and precision, never
 that there is none.  Libraries are imported when first needed, and none of them imports torch.
@@ -14,17 +15,18 @@ import logging
 import math
 import warnings
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass, replace
 from functools import lru_cache
 from importlib.metadata import version
 from typing import Final, Protocol
 
 import numpy as np
 
+from dp import divergences
 from dp.errors import BudgetExhausted, UnsupportedEvent
-from dp.events import PoissonSampledGaussian
+from dp.events import Event, IntegerEvent, PoissonSampledGaussian, PoissonSampledSkellam
 
 # Small orders are best for large epsilons, large ones for small epsilons.
 ORDERS: Final = (
@@ -50,7 +52,8 @@ _MOST_POINTS: Final = 2**20  # of the grid, all mechanisms together; some five s
 _COARSEST: Final = 10.0
 _MOST_STEPS: Final = 10**9
 
-_History = tuple[tuple[float, float, int], ...]
+# Each mechanism as an event of one step, and its steps.
+_History = tuple[tuple[Event, int], ...]
 
 
 class Accountant(Protocol):
@@ -64,9 +67,9 @@ class Accountant(Protocol):
     def version(self) -> str:
         """The library behind it and its version."""
 
-    def epsilon(self, events: Iterable[PoissonSampledGaussian], delta: float) -> float:
+    def epsilon(self, events: Iterable[Event], delta: float) -> float:
         """An epsilon at ``delta`` of all ``events`` on the same data together: 0 for none, infinity if it can show no
-        bound.
+        bound, as all but ``Rdp`` for integer noise.
 
         Neither the order of the events nor how their steps are split matters.  Raises UnsupportedEvent for a delta
         outside (0, 1).
@@ -87,7 +90,7 @@ class Rdp:
         """Both packages with their versions."""
         return f"{_version('dp-accounting')}, {_version('prv-accountant')}"
 
-    def epsilon(self, events: Iterable[PoissonSampledGaussian], delta: float) -> float:
+    def epsilon(self, events: Iterable[Event], delta: float) -> float:
         """The least bound over ORDERS; some hundredths of a second for a mechanism that it sees first."""
         return _rdp_epsilon(_merged(events, delta), delta)
 
@@ -106,20 +109,21 @@ class Prv:
         """prv-accountant and its version."""
         return _version("prv-accountant")
 
-    def epsilon(self, events: Iterable[PoissonSampledGaussian], delta: float) -> float:
+    def epsilon(self, events: Iterable[Event], delta: float) -> float:
         """The upper end of ``bounds``."""
         return self.bounds(events, delta)[1]
 
-    def bounds(self, events: Iterable[PoissonSampledGaussian], delta: float) -> tuple[float, float]:
+    def bounds(self, events: Iterable[Event], delta: float) -> tuple[float, float]:
         """A lower and an upper bound on epsilon, RELATIVE_ERROR of the RDP epsilon from their middle, at least 0.001.
 
         Up to 10 times that where the grid would have too many points.  Beyond that, for a delta below 1e-10, and for an
         epsilon of some hundred (the package does not integrate so far), 0 and infinity.
         """
-        history = _merged(events, delta)
-        if not history:
+        merged = _merged(events, delta)
+        if not merged:
             return 0.0, 0.0
-        grid = _grid(history, delta)
+        history = _gaussians(merged)
+        grid = _grid(merged, delta) if history else None
         if grid is None:
             return 0.0, math.inf
         from prv_accountant import (  # noqa: PLC0415
@@ -165,13 +169,14 @@ class Pld:
         """dp-accounting and its version."""
         return _version("dp-accounting")
 
-    def epsilon(self, events: Iterable[PoissonSampledGaussian], delta: float) -> float:
+    def epsilon(self, events: Iterable[Event], delta: float) -> float:
         """At most RELATIVE_ERROR of the RDP epsilon (at least 0.001) too high; bounds on delta and size as for
         ``Prv.bounds``."""
-        history = _merged(events, delta)
-        if not history:
+        merged = _merged(events, delta)
+        if not merged:
             return 0.0
-        grid = _grid(history, delta)
+        history = _gaussians(merged)
+        grid = _grid(merged, delta) if history else None
         if grid is None:
             return math.inf
         from dp_accounting.pld import privacy_loss_distribution  # noqa: PLC0415
@@ -210,7 +215,7 @@ class AccountantTotal:
     epsilon: float
 
 
-def totals(events: Sequence[PoissonSampledGaussian], delta: float) -> tuple[AccountantTotal, ...]:
+def totals(events: Sequence[Event], delta: float) -> tuple[AccountantTotal, ...]:
     """What each accountant makes of all ``events`` together."""
     return tuple(
         AccountantTotal(name=each.name, version=each.version, epsilon=each.epsilon(events, delta))
@@ -218,7 +223,7 @@ def totals(events: Sequence[PoissonSampledGaussian], delta: float) -> tuple[Acco
     )
 
 
-def rdp_epsilon(events: Iterable[PoissonSampledGaussian], delta: float) -> float:
+def rdp_epsilon(events: Iterable[Event], delta: float) -> float:
     """The epsilon at ``delta`` of all ``events`` on the same data together, by the gate; 0 for none."""
     return Rdp().epsilon(events, delta)
 
@@ -229,7 +234,7 @@ def noise_multiplier_for(
     delta: float,
     sampling_rate: float,
     steps: int,
-    spent: Sequence[PoissonSampledGaussian] = (),
+    spent: Sequence[Event] = (),
 ) -> float:
     """The least noise multiplier, to within 0.1 %, for which ``steps`` more steps after ``spent`` stay within
     ``epsilon`` by the gate; never below 0.05.
@@ -237,17 +242,33 @@ def noise_multiplier_for(
     Raises BudgetExhausted, with the numbers, if no noise multiplier does.
     """
 
+    return least_noise(
+        lambda z: PoissonSampledGaussian(sampling_rate=sampling_rate, noise_multiplier=z, steps=steps),
+        epsilon=epsilon,
+        delta=delta,
+        spent=spent,
+    )
+
+
+def least_noise(
+    with_noise: Callable[[float], Event], *, epsilon: float, delta: float, spent: Sequence[Event] = ()
+) -> float:
+    """The least noise multiplier, as for ``noise_multiplier_for``, of the mechanism that ``with_noise`` makes of one.
+
+    Epsilon must fall as it grows.
+    """
+
     def total(noise_multiplier: float) -> float:
-        event = PoissonSampledGaussian(sampling_rate=sampling_rate, noise_multiplier=noise_multiplier, steps=steps)
-        return rdp_epsilon([*spent, event], delta)
+        return rdp_epsilon([*spent, with_noise(noise_multiplier)], delta)
 
     so_far = rdp_epsilon(spent, delta)
-    found = f"noise for {steps} steps at sampling rate {sampling_rate:.4g}: epsilon {so_far:.4g} is spent"
+    high = 1.0
+    event = with_noise(high)
+    found = f"noise for {event.steps} steps at sampling rate {event.sampling_rate:.4g}: epsilon {so_far:.4g} is spent"
     allowed = f"expected at most {epsilon:g} at delta {delta:g}"
     # What this function leaves over of a budget is no budget for another run, which would release nothing but noise.
     if so_far > USED_UP * epsilon:
         raise BudgetExhausted(f"{found}, {allowed}")
-    high = 1.0
     while (least := total(high)) > epsilon:
         if high > LARGEST_NOISE_MULTIPLIER:
             raise BudgetExhausted(f"{found} and the least that these can cost leads to {least:.4g}, {allowed}")
@@ -271,14 +292,24 @@ def _version(package: str) -> str:
     return f"{package} {version(package)}"
 
 
-def _merged(events: Iterable[PoissonSampledGaussian], delta: float) -> _History:
-    """Sampling rate, noise multiplier and steps of each mechanism, in a fixed order."""
+def _merged(events: Iterable[Event], delta: float) -> _History:
+    """Each mechanism and its steps, in a fixed order."""
     if not 0 < delta < 1:
         raise UnsupportedEvent(f"delta: found {delta}, expected above 0 and below 1")
-    steps: Counter[tuple[float, float]] = Counter()
+    steps: Counter[Event] = Counter()
     for event in events:
-        steps[event.sampling_rate, event.noise_multiplier] += event.steps
-    return tuple((q, z, count) for (q, z), count in sorted(steps.items()))
+        steps[replace(event, steps=1)] += event.steps
+    return tuple(sorted(steps.items(), key=lambda item: (type(item[0]).__name__, astuple(item[0]))))
+
+
+def _gaussians(history: _History) -> list[tuple[float, float, int]]:
+    """Sampling rate, noise multiplier and steps of each mechanism; none at all if one of them is no Gaussian."""
+    found = [
+        (mechanism.sampling_rate, mechanism.noise_multiplier, steps)
+        for mechanism, steps in history
+        if isinstance(mechanism, PoissonSampledGaussian)
+    ]
+    return found if len(found) == len(history) else []
 
 
 def _rdp_epsilon(history: _History, delta: float) -> float:
@@ -306,32 +337,62 @@ def _bound(history: _History, delta: float, order: float) -> float:
     """Epsilon by the divergence of this order."""
     from dp_accounting.rdp import compute_epsilon  # noqa: PLC0415  takes a second
 
-    divergence = sum((steps if steps < 1e300 else math.inf) * _divergence(q, z, order) for q, z, steps in history)
+    divergence = sum((steps if steps < 1e300 else math.inf) * _divergence(each, order) for each, steps in history)
     with _quiet():
         return float(compute_epsilon([order], [divergence], delta)[0])
 
 
 @lru_cache(maxsize=100_000)
-def _divergence(q: float, z: float, order: float) -> float:
+def _divergence(mechanism: Event, order: float) -> float:
     """An upper bound on one step's Renyi divergence of this order; a run repeats its mechanism."""
-    from dp_accounting import GaussianDpEvent, PoissonSampledDpEvent  # noqa: PLC0415
-    from dp_accounting.rdp import RdpAccountant  # noqa: PLC0415
-    from prv_accountant import PoissonSubsampledGaussianMechanism  # noqa: PLC0415
-
     try:
         with _quiet():
-            if order.is_integer() or q == 1 or not 0.05 <= z <= 1000:
-                accountant = RdpAccountant([order]).compose(PoissonSampledDpEvent(q, GaussianDpEvent(z)))
-                found = float(accountant._rdp[0])  # it has no other way to ask
+            if isinstance(mechanism, PoissonSampledGaussian):
+                found = _gaussian_divergence(mechanism.sampling_rate, mechanism.noise_multiplier, order)
             else:
-                # dp-accounting's bound at these orders is up to twice as large, or missing where q is about 1/2.  This
-                # series is exact, and short for any noise that matters.
-                found = float(PoissonSubsampledGaussianMechanism(q, z).rdp(order))
-    except (ArithmeticError, ValueError):  # a noise multiplier whose square is no float64
+                found = _integer_divergence(mechanism, order)
+    except (ArithmeticError, ValueError):  # noise whose square is no float64
         return math.inf
     bound = found + _ROUNDING / (order - 1)
     # Stops a NaN and a divergence below 0, which the conversion would take for perfect privacy.
     return bound if bound > 0 else math.inf
+
+
+def _gaussian_divergence(q: float, z: float, order: float) -> float:
+    from dp_accounting import GaussianDpEvent, PoissonSampledDpEvent  # noqa: PLC0415
+    from dp_accounting.rdp import RdpAccountant  # noqa: PLC0415
+    from prv_accountant import PoissonSubsampledGaussianMechanism  # noqa: PLC0415
+
+    if order.is_integer() or q == 1 or not 0.05 <= z <= 1000:
+        accountant = RdpAccountant([order]).compose(PoissonSampledDpEvent(q, GaussianDpEvent(z)))
+        return float(accountant._rdp[0])  # it has no other way to ask
+    # dp-accounting's bound at these orders is up to twice as large, or missing where q is about 1/2.  This series is
+    # exact, and short for any noise that matters.
+    return float(PoissonSubsampledGaussianMechanism(q, z).rdp(order))
+
+
+def _integer_divergence(mechanism: IntegerEvent, order: float) -> float:
+    """At whole orders that of ``dp.divergences``; between them, (order - 1) times it lies below the line."""
+    if not order.is_integer():
+        below, above = math.floor(order), math.ceil(order)
+        upper = (order - below) * (above - 1) * _divergence(mechanism, float(above))
+        lower = (above - order) * (below - 1) * _divergence(mechanism, float(below)) if below > 1 else 0.0
+        return (lower + upper) / (order - 1)
+
+    def curve(orders: divergences.Floats) -> divergences.Floats:
+        if isinstance(mechanism, PoissonSampledSkellam):
+            return divergences.skellam(
+                orders, l2=mechanism.l2_sensitivity, l1=mechanism.l1_sensitivity, variance=mechanism.variance
+            )
+        return divergences.discrete_gaussian(
+            orders,
+            l2=mechanism.l2_sensitivity,
+            local_deviation=mechanism.local_deviation,
+            parties=mechanism.parties,
+            dimensions=mechanism.dimensions,
+        )
+
+    return divergences.poisson_sampled(curve, mechanism.sampling_rate, int(order))
 
 
 @dataclass(frozen=True, slots=True)
@@ -345,12 +406,12 @@ class _Grid:
 
 def _grid(history: _History, delta: float) -> _Grid | None:
     """The grid of Gopi et al. 2021, theorem 5.5 and remark 5.6; None if it would take too long or overflow."""
-    steps = sum(count for _, _, count in history)
+    steps = sum(count for _, count in history)
     if delta < _SMALLEST_DELTA or steps > _MOST_STEPS:
         return None
     share = _DELTA_SHARE * delta
     error = RELATIVE_ERROR * max(_rdp_epsilon(history, delta), _LEAST_SCALE)
-    losses = [_rdp_epsilon(((q, z, 1),), share / 8 / steps) for q, z, _ in history]
+    losses = [_rdp_epsilon(((mechanism, 1),), share / 8 / steps) for mechanism, _ in history]
     largest_loss = 3 + max(error, _rdp_epsilon(history, share / 4), *losses)
     if not largest_loss <= _LARGEST_LOSS:
         return None

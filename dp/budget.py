@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 
 from dp.accountants import noise_multiplier_for, rdp_epsilon
 from dp.errors import BudgetExhausted, UnsupportedEvent
+from dp.events import PoissonSampledGaussian
 from dp.ledger import Claim, Ledger, Release, Reservation
 
 
@@ -109,12 +110,15 @@ class BudgetGuard:
             middle = (low + high) // 2
             fewer = replace(release, event=replace(event, steps=middle))
             low, high = (middle, high) if self._refusal(fewer, releases) is None else (low, middle)
+        fewer_steps = f"at the same noise multiplier, {event.noise_multiplier:.4g}, {low} steps would fit"
+        if not isinstance(event, PoissonSampledGaussian):
+            return fewer_steps  # shared noise is all sites' decision
         try:
             least = self.least_noise(sampling_rate=event.sampling_rate, steps=event.steps, run=release.run)
             noise = f"{event.steps} steps with a noise multiplier of {_rounded_up(least):g} or more"
         except BudgetExhausted:
             noise = f"no noise multiplier makes {event.steps} steps fit"
-        return f"at the same noise multiplier, {event.noise_multiplier:.4g}, {low} steps would fit, and {noise}"
+        return f"{fewer_steps}, and {noise}"
 
 
 def _rounded_up(number: float) -> float:

@@ -9,7 +9,7 @@ from typing import Final
 
 from dp.accountants import AccountantTotal, rdp_epsilon, totals
 from dp.chain import Entry
-from dp.events import PoissonSampledGaussian
+from dp.events import Event
 from dp.ledger import RESERVED, release_of
 
 TOLERANCE: Final = 1e-6  # relative; what another version of a library may round otherwise
@@ -45,7 +45,7 @@ def recompute(entries: Iterable[Entry]) -> Recomputed:
     A claim is wrong if it is below what is found, a decision if it exceeds the budget that it names, and a row if it is
     not one that can be read.
     """
-    history: list[PoissonSampledGaussian] = []
+    history: list[Event] = []
     wrong: list[str] = []
     found: list[Found] = []
     claims, claimed, delta = 0, 0.0, None

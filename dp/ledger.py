@@ -23,7 +23,7 @@ from typing import Final, Literal, Self
 
 from dp.chain import FORMAT, GENESIS, Entry, Kind, Row, Signer, Verification, Verifier, new_row, verify
 from dp.errors import LedgerMismatch, LedgerTampered, LedgerUnavailable, ReservationMisused
-from dp.events import PoissonSampledGaussian
+from dp.events import Event, PoissonSampledDiscreteGaussian, PoissonSampledGaussian, PoissonSampledSkellam
 from dp.rows import COLUMNS, SCHEMA, read_export, read_ledger, restore, row_of, text_of, verify_export, write_export
 
 __all__ = [
@@ -47,7 +47,9 @@ __all__ = [
 
 BUSY_SECONDS: Final = 60.0
 RESERVED: Final = "reserved"  # the decision of a row that counts as spent
-_MECHANISMS: Final = {kind.__name__: kind for kind in (PoissonSampledGaussian,)}
+_MECHANISMS: Final[dict[str, Callable[..., Event]]] = {
+    kind.__name__: kind for kind in (PoissonSampledGaussian, PoissonSampledSkellam, PoissonSampledDiscreteGaussian)
+}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -61,7 +63,7 @@ class Release:
 
     run: str
     round_number: int
-    event: PoissonSampledGaussian
+    event: Event
     purpose: str = "train"
     unit: str = "patient"
     neighbouring: str = "add or remove one"
@@ -165,7 +167,7 @@ class Ledger:
         return tuple(self._reserved.values())
 
     @property
-    def events(self) -> tuple[PoissonSampledGaussian, ...]:
+    def events(self) -> tuple[Event, ...]:
         """What all of it cost."""
         return tuple(release.event for release in self._reserved.values())
 
@@ -430,7 +432,7 @@ class Ledger:
         return [number for number, committed in self._unsent.items() if committed.release.run == run]
 
 
-def events_in(path: Path) -> tuple[PoissonSampledGaussian, ...]:
+def events_in(path: Path) -> tuple[Event, ...]:
     """What all that is reserved in a ledger's file cost, for whoever has no key: nothing is changed, all is checked.
 
     Raises LedgerUnavailable if it cannot be read, LedgerTampered if it is not as the site wrote it.

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from dp.accountants import AccountantTotal, noise_multiplier_for, rdp_epsilon, totals
 from dp.errors import UnsupportedEvent
-from dp.events import PoissonSampledGaussian
+from dp.events import Event, PoissonSampledGaussian
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -60,7 +60,7 @@ def plan(
     epsilon: float,
     delta: float,
     clip_norm: float = 1.0,
-    spent: Sequence[PoissonSampledGaussian] = (),
+    spent: Sequence[Event] = (),
 ) -> BudgetPlan:
     """Plan ``rounds`` rounds of ``steps`` steps for a site of so many ``patients`` that has ``spent`` before.
 

@@ -193,10 +193,11 @@ class LocalTrainer:
         ledger = self._guard.ledger
         committed = ledger.committed(run=run, round_number=round_number, model_sha256=model_sha256)
         if committed is None:
+            event = self._event(self._guard, run=run, round_number=round_number)
             release = Release(
                 run=run,
                 round_number=round_number,
-                event=self._event(self._guard, run=run, round_number=round_number),
+                event=event,
                 consortium=self._consortium,
                 library_version=version("secureagg"),
                 model_sha256=model_sha256,
@@ -208,7 +209,7 @@ class LocalTrainer:
                 random_generator=RANDOM_GENERATOR,
             )
             reservation = self._guard.authorize(release)
-            committed = ledger.commit(reservation, _bytes_of(self._trained(state, release.event)))
+            committed = ledger.commit(reservation, _bytes_of(self._trained(state, event)))
         # What is sent is read back from the outbox, so that it is what would be sent again.
         sent = load_state(ledger.update(committed))
         return TrainingResult(state=sent, examples=self.patients, epsilon=self._guard.spent_by(run))

@@ -230,7 +230,7 @@ def test_divergences_are_those_of_the_definition(q: float, z: float) -> None:
     """At fractional and whole orders alike the divergence of a step is the integral that defines it, or barely more."""
     for order in (1.02, 1.5, 2.0, 2.7, 10.9, 23.0, 512.0):
         by_definition = renyi_divergence(q, z, order)
-        found = accountants._divergence(q, z, order)
+        found = accountants._divergence(event(q, z, 1), order)
         assert (
             by_definition * (1 - 1e-9) - 1e-13 / (order - 1)
             <= found
@@ -245,7 +245,7 @@ def test_divergences_are_those_of_the_definition(q: float, z: float) -> None:
 def test_the_best_order_is_found(q: float, z: float, steps: int, delta: float) -> None:
     """The search gives the least bound of all orders, which is at neither end of the list, and is what dp-accounting's
     own accountant gives or less."""
-    history = ((q, z, steps),)
+    history = ((event(q, z, 1), steps),)
     orders = ORDERS[: ORDERS.index(1024) + 1]
     bounds = [accountants._bound(history, delta, order) for order in orders]
     found = rdp_epsilon([event(q, z, steps)], delta)
@@ -261,7 +261,7 @@ def test_the_best_order_is_found(q: float, z: float, steps: int, delta: float) -
 def test_orders_reach_far_enough_for_any_budget(epsilon: float, q: float) -> None:
     """From small budgets to senseless ones, the best order is inside the list."""
     z = noise_multiplier_for(epsilon=epsilon, delta=DELTA, sampling_rate=q, steps=20)
-    first, *_, last = (accountants._bound(((q, z, 20),), DELTA, order) for order in (ORDERS[0], ORDERS[-1]))
+    first, *_, last = (accountants._bound(((event(q, z, 1), 20),), DELTA, order) for order in (ORDERS[0], ORDERS[-1]))
     assert rdp_epsilon([event(q, z, 20)], DELTA) < min(first, last)
 
 

@@ -1,5 +1,7 @@
 """Recomputing what a ledger's rows claim."""
 
+import math
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -9,8 +11,15 @@ from dp.accountants import rdp_epsilon
 from dp.budget import BudgetGuard, PrivacyBudget
 from dp.claims import Recomputed, recompute
 from dp.errors import BudgetExhausted
-from dp.events import PoissonSampledGaussian
-from dp.ledger import Claim, read_ledger, verify
+from dp.events import PoissonSampledDiscreteGaussian, PoissonSampledGaussian, PoissonSampledSkellam
+from dp.ledger import Claim, events_in, read_ledger, verify
+
+SHARED = (
+    PoissonSampledSkellam(sampling_rate=0.25, l2_sensitivity=1e4, l1_sensitivity=1e6, variance=4e10, steps=2),
+    PoissonSampledDiscreteGaussian(
+        sampling_rate=0.25, l2_sensitivity=1e4, local_deviation=1e5, parties=3, dimensions=10**4, steps=3
+    ),
+)
 
 
 def of(path: Path) -> Recomputed:
@@ -37,6 +46,32 @@ def test_an_honest_ledger_holds(tmp_path: Path) -> None:
     assert found.found[1].epsilon == rdp_epsilon(events[1:2], 1e-3)
     assert found.found[1].cumulative == rdp_epsilon(events[:2], 1e-3)
     assert found.found[2].cumulative == found.totals[0].epsilon < found.found[3].cumulative
+
+
+def test_a_ledger_with_shared_noise_holds(tmp_path: Path) -> None:
+    """Releases with integer noise are read back as they were booked, compose with local ones, and hold by RDP; the
+    accountants that have no figure for them accuse nobody."""
+    ledger = open_ledger(tmp_path / "ledger.sqlite")
+    guard = BudgetGuard(PrivacyBudget(1.0, 1e-3), ledger)
+    guard.authorize(release(1))
+    for number, event in enumerate(SHARED, start=2):
+        guard.authorize(replace(release(number), event=event))
+    with pytest.raises(BudgetExhausted, match=r"at the same noise multiplier, 20, \d+ steps would fit$"):
+        guard.authorize(replace(release(9), event=replace(SHARED[0], steps=10_000)))
+    found = of(tmp_path / "ledger.sqlite")
+    events = (replace(EVENT, steps=1), *SHARED)
+    assert events_in(tmp_path / "ledger.sqlite") == ledger.events == events
+    assert found.wrong == ()
+    assert found.claimed == pytest.approx(rdp_epsilon(events, 1e-3))
+    assert [total.epsilon == math.inf for total in found.totals] == [False, True, True]
+
+
+def test_a_claim_of_shared_noise_that_does_not_hold(tmp_path: Path) -> None:
+    """Too low an epsilon for integer noise is found out."""
+    ledger = open_ledger(tmp_path / "ledger.sqlite")
+    claim = Claim(delta=1e-3, epsilon=1e-3, cumulative_epsilon=1e-3, budget_epsilon=2.0)
+    ledger.reserve(replace(release(1), event=SHARED[0]), lambda _: claim)
+    assert [text.partition(":")[0] for text in of(tmp_path / "ledger.sqlite").wrong] == ["row 2", "row 2", "all rows"]
 
 
 def test_an_empty_ledger(tmp_path: Path) -> None:
