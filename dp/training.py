@@ -9,12 +9,15 @@ with many images would lose many times the epsilon that is accounted for.
 Opacus gives a gradient for each row and drives the optimizer; sampling, clipping, noise, step count and empty batches
 are decided here.  Clipping and summing are in double precision on the grid of ``dp.noise``, so that sums are exact:
 they do not depend on the order of the patients or on how a batch was cut to fit into memory.
+
+``clipped_gradient_sum`` is one such step without its noise, for sites that share noise (``dp.shared``).
 """
 
 import math
 import os
 import warnings
 from collections.abc import Callable, Hashable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Final
 
@@ -29,10 +32,12 @@ from torch import Tensor, nn
 from dp.errors import UnsupportedEvent
 from dp.events import PoissonSampledGaussian
 from dp.gradients import Loss, forget_gradients, refuse_coupled, row_gradients
-from dp.noise import GaussianNoise, csprng
+from dp.noise import LARGEST, GaussianNoise, csprng
+from dp.shared import ClippedSum
 
 BATCH_ROWS: Final = 256
 PIECE: Final = 1 << 16  # numbers of double precision: 512 KiB
+SUM_GRID: Final = 2.0**-20  # of the clip norm per coordinate
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -42,6 +47,46 @@ class Plan:
     steps: int
     learning_rate: float
     sampling_rate: float
+
+
+class _Batch:
+    """Whose the rows are that have gradients: so many rows of one patient, then so many of the next."""
+
+    def __init__(self, rows_each: Sequence[int]) -> None:
+        self._counts = torch.tensor(rows_each, dtype=torch.int64)
+        self._owners = torch.from_numpy(np.repeat(np.arange(len(rows_each)), rows_each))
+
+    def add_clipped(self, parameters: Sequence[Tensor], totals: Sequence[Tensor], *, most: float, grid: float) -> None:
+        """Add each patient's mean gradient, clipped to ``most`` over all parameters together and rounded to the grid,
+        to the flat ``totals`` of double precision, one for each parameter."""
+        squares = torch.zeros(len(self._counts), dtype=torch.float64)
+        for p in parameters:
+            for _, piece in self._pieces(p):
+                squares += torch.linalg.vector_norm(piece, dim=1).square().cpu()
+        norms = squares.sqrt()
+        # Stops one patient's values from turning the sum into NaN, which no clipping bounds.
+        unfit = ~torch.isfinite(norms)
+        in_steps = (most / norms).clamp(max=1.0) / grid
+        for p, total in zip(parameters, totals, strict=True):
+            for place, piece in self._pieces(p):
+                steps = piece.mul_(in_steps.to(p.device).unsqueeze(1)).round_()
+                if unfit.any():
+                    steps[unfit.to(p.device)] = 0.0
+                total[place] += steps.sum(dim=0) * grid
+
+    def _pieces(self, p: Tensor) -> Iterator[tuple[slice, Tensor]]:
+        """The mean gradient (patients, ...) of each patient's rows in fresh double precision, a few coordinates at a
+        time, so that it stays in the processor's cache."""
+        rows = vars(p)["grad_sample"].reshape(len(self._owners), p.numel())
+        width = max(1, PIECE // max(1, len(rows)))
+        for start in range(0, p.numel(), width):
+            place = slice(start, start + width)
+            piece = rows[:, place].to(torch.float64, copy=True)
+            if len(self._owners) != len(self._counts):  # otherwise one row each
+                summed = piece.new_zeros((len(self._counts), piece.shape[1]))
+                piece = summed.index_add_(0, self._owners.to(p.device), piece)
+                piece /= self._counts.to(p.device).unsqueeze(1)
+            yield place, piece
 
 
 class _PatientOptimizer(DPOptimizer):  # type: ignore[misc]  # opacus has no types
@@ -54,42 +99,15 @@ class _PatientOptimizer(DPOptimizer):  # type: ignore[misc]  # opacus has no typ
 
     def take(self, rows_each: Sequence[int]) -> None:
         """How many rows of the next batch are each patient's, in their order."""
-        self._counts = torch.tensor(rows_each, dtype=torch.int64)
-        self._owners = torch.from_numpy(np.repeat(np.arange(len(rows_each)), rows_each))
+        self._batch = _Batch(rows_each)
 
     def clip_and_accumulate(self) -> None:
         """Add each patient's mean gradient, clipped and rounded to the grid, to ``summed_grad``."""
-        squares = torch.zeros(len(self._counts), dtype=torch.float64)
-        for p in self.params:
-            for _, piece in self._pieces(p):
-                squares += torch.linalg.vector_norm(piece, dim=1).square().cpu()
-        norms = squares.sqrt()
-        # Stops one patient's values from turning the sum into NaN, which no clipping bounds.
-        unfit = ~torch.isfinite(norms)
-        in_steps = (self.max_grad_norm / norms).clamp(max=1.0) / self._noise.grid
         for p in self.params:
             if p.summed_grad is None:
                 p.summed_grad = torch.zeros_like(p, dtype=torch.float64, memory_format=torch.contiguous_format)
-            total = p.summed_grad.view(-1)
-            for place, piece in self._pieces(p):
-                steps = piece.mul_(in_steps.to(p.device).unsqueeze(1)).round_()
-                if unfit.any():
-                    steps[unfit.to(p.device)] = 0.0
-                total[place] += steps.sum(dim=0) * self._noise.grid
-
-    def _pieces(self, p: Tensor) -> Iterator[tuple[slice, Tensor]]:
-        """The mean gradient (patients, ...) of each patient's rows in fresh double precision, a few coordinates at a
-        time, so that it stays in the processor's cache."""
-        rows = self._get_flat_grad_sample(p).reshape(len(self._owners), p.numel())
-        width = max(1, PIECE // max(1, len(rows)))
-        for start in range(0, p.numel(), width):
-            place = slice(start, start + width)
-            piece = rows[:, place].to(torch.float64, copy=True)
-            if len(self._owners) != len(self._counts):  # otherwise one row each
-                summed = piece.new_zeros((len(self._counts), piece.shape[1]))
-                piece = summed.index_add_(0, self._owners.to(p.device), piece)
-                piece /= self._counts.to(p.device).unsqueeze(1)
-            yield place, piece
+        totals = [p.summed_grad.view(-1) for p in self.params]
+        self._batch.add_clipped(self.params, totals, most=self.max_grad_norm, grid=self._noise.grid)
 
     def add_noise(self) -> None:
         """Release each parameter's sum."""
@@ -120,26 +138,16 @@ def train_private(
     step.  Raises UnsupportedEvent, before anything is sampled, for a plan that is not the booked event, numbers that
     are no bounds, a layer that mixes rows or that Opacus has no per-row gradient for, and a loss that couples rows.
     """
-    if not (math.isfinite(clip_norm) and clip_norm > 0):
-        raise UnsupportedEvent(f"training: found clip norm {clip_norm}, expected a finite number above 0")
     if (plan.steps, plan.sampling_rate) != (event.steps, event.sampling_rate):
         raise UnsupportedEvent(
             f"training: {plan.steps} steps at sampling rate {plan.sampling_rate:.4g}, booked were {event.steps} at "
             f"{event.sampling_rate:.4g}"
         )
-    if not 1 <= max_rows_per_patient <= max_batch_rows:
-        raise UnsupportedEvent(
-            f"training: found at most {max_rows_per_patient} rows of a patient and {max_batch_rows} of a batch, "
-            "expected 1 or more of a patient, and no more than of a batch, which a patient is never split over"
-        )
-    if not (len(patients) == len(features) == len(targets) > 0):
-        raise UnsupportedEvent(
-            f"training: found {len(features)} rows of features, {len(targets)} of targets and {len(patients)} "
-            "patients' keys, expected as many of each, and some"
-        )
+    rows_of_patient = _rows_of_patient(
+        features, targets, patients, clip_norm=clip_norm, most=max_rows_per_patient, most_of_batch=max_batch_rows
+    )
     model.train()
     _refuse_layers(model)
-    rows_of_patient = _rows_of_patient(patients)
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     noise = GaussianNoise(
         clip_norm=clip_norm,
@@ -153,40 +161,105 @@ def train_private(
             f"{event.noise_multiplier:g}, expected more noise or fewer patients, so that sums are exact in float64"
         )
     coins = csprng(entropy)
+    with _with_row_gradients(model, loss, features, targets, most_rows=max_batch_rows) as wrapped:
+        optimizer = _PatientOptimizer(
+            torch.optim.SGD(trained, lr=plan.learning_rate),
+            noise=noise,
+            noise_multiplier=event.noise_multiplier,
+            max_grad_norm=clip_norm,
+            expected_batch_size=event.sampling_rate * len(rows_of_patient),
+        )
+        for _ in range(event.steps):
+            chosen = _sample(rows_of_patient, event.sampling_rate, max_rows_per_patient, coins)
+            for batch, is_last in _batches(chosen, max_batch_rows):
+                optimizer.zero_grad(set_to_none=True)  # keeps the sum of the step's batches before
+                optimizer.take([len(rows) for rows in batch])
+                _find_gradients(wrapped, loss, features, targets, batch)
+                optimizer.signal_skip_step(not is_last)
+                optimizer.step()
+
+
+def clipped_gradient_sum(
+    model: nn.Module,
+    loss: Loss,
+    features: Tensor,
+    targets: Tensor,
+    *,
+    patients: Sequence[Hashable],
+    sampling_rate: float,
+    clip_norm: float,
+    max_rows_per_patient: int = 1,
+    max_batch_rows: int = BATCH_ROWS,
+    entropy: Callable[[int], bytes] = os.urandom,
+) -> ClippedSum:
+    """The sum (d,) over one Poisson sample of the patients, of each one's mean gradient clipped to ``clip_norm``; not
+    noised, so for ``dp.shared.encode`` only, after it was booked.
+
+    Coordinates are those of the trained parameters, in the model's order; the model stays as it is, in training mode.
+    Arguments and errors are those of ``train_private``; ``sampling_rate``: each patient's chance q in (0, 1].  Sums are
+    exact: gradients lie on a grid of a power of two, and are clipped to as much less as moving them there can add.
+    """
+    if not 0 < sampling_rate <= 1:
+        raise UnsupportedEvent(f"training: found sampling rate {sampling_rate}, expected above 0 and at most 1")
+    rows_of_patient = _rows_of_patient(
+        features, targets, patients, clip_norm=clip_norm, most=max_rows_per_patient, most_of_batch=max_batch_rows
+    )
+    model.train()
+    _refuse_layers(model)
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    dimensions = sum(parameter.numel() for parameter in trained)
+    spacing = SUM_GRID * clip_norm / math.sqrt(max(1, dimensions))
+    grid = math.ldexp(0.5, math.frexp(spacing)[1])
+    if not (dimensions and 2.0**-900 < grid < 2.0**900 and len(rows_of_patient) * clip_norm <= LARGEST * grid):
+        raise UnsupportedEvent(
+            f"training: found {len(rows_of_patient)} patients, {dimensions} coordinates and clip norm {clip_norm:g}, "
+            "expected some coordinates, and few enough of both that sums are exact in float64"
+        )
+    totals = [parameter.new_zeros(parameter.numel(), dtype=torch.float64) for parameter in trained]
+    with _with_row_gradients(model, loss, features, targets, most_rows=max_batch_rows) as wrapped:
+        chosen = _sample(rows_of_patient, sampling_rate, max_rows_per_patient, csprng(entropy))
+        for batch, _ in _batches(chosen, max_batch_rows):
+            _find_gradients(wrapped, loss, features, targets, batch)
+            owners = _Batch([len(rows) for rows in batch])
+            owners.add_clipped(trained, totals, most=clip_norm * (1 - SUM_GRID), grid=grid)
+    return ClippedSum(torch.cat([total.cpu() for total in totals]).numpy())
+
+
+@contextmanager
+def _with_row_gradients(
+    model: nn.Module, loss: Loss, features: Tensor, targets: Tensor, *, most_rows: int
+) -> Iterator[GradSampleModule]:
+    """The model wrapped so that it finds a gradient for each row, and as it was afterwards; refuses coupled rows."""
     wrapped = GradSampleModule(model, loss_reduction="sum")
     try:
         with warnings.catch_warnings():
             # torch tells that inputs need no gradients, which is so for data.
             warnings.filterwarnings("ignore", "Full backward hook is firing", UserWarning)
-            refuse_coupled(wrapped, loss, features, targets, most_rows=max_batch_rows)
-            optimizer = _PatientOptimizer(
-                torch.optim.SGD(trained, lr=plan.learning_rate),
-                noise=noise,
-                noise_multiplier=event.noise_multiplier,
-                max_grad_norm=clip_norm,
-                expected_batch_size=event.sampling_rate * len(rows_of_patient),
-            )
-            for _ in range(event.steps):
-                chosen = _sample(rows_of_patient, event.sampling_rate, max_rows_per_patient, coins)
-                for batch, is_last in _batches(chosen, max_batch_rows):
-                    optimizer.zero_grad(set_to_none=True)  # keeps the sum of the step's batches before
-                    optimizer.take([len(rows) for rows in batch])
-                    if batch:
-                        rows = torch.from_numpy(np.concatenate(batch))
-                        row_gradients(
-                            wrapped, loss, features[rows.to(features.device)], targets[rows.to(targets.device)]
-                        )
-                    else:
-                        # An empty batch is a step like any other: it is noised and it counts.
-                        for parameter in trained:
-                            vars(parameter)["grad_sample"] = parameter.new_zeros((0, *parameter.shape))
-                    optimizer.signal_skip_step(not is_last)
-                    optimizer.step()
+            refuse_coupled(wrapped, loss, features, targets, most_rows=most_rows)
+            yield wrapped
     finally:
         forget_gradients(wrapped)
-        for parameter in trained:
+        for parameter in model.parameters():
             vars(parameter).pop("summed_grad", None)
         wrapped.to_standard_module()
+
+
+def _find_gradients(
+    wrapped: GradSampleModule,
+    loss: Loss,
+    features: Tensor,
+    targets: Tensor,
+    batch: Sequence[npt.NDArray[np.int64]],
+) -> None:
+    """Leave in each trained parameter's ``grad_sample`` the gradients of these patients' rows."""
+    if batch:
+        rows = torch.from_numpy(np.concatenate(batch))
+        row_gradients(wrapped, loss, features[rows.to(features.device)], targets[rows.to(targets.device)])
+    else:
+        # An empty batch is a step like any other: it is noised and it counts.
+        for parameter in wrapped.parameters():
+            if parameter.requires_grad:
+                vars(parameter)["grad_sample"] = parameter.new_zeros((0, *parameter.shape))
 
 
 def _refuse_layers(model: nn.Module) -> None:
@@ -210,8 +283,29 @@ def _mixes(module: nn.Module) -> bool:
     return isinstance(module, nn.modules.batchnorm._BatchNorm) or getattr(module, "track_running_stats", False) is True
 
 
-def _rows_of_patient(patients: Sequence[Hashable]) -> list[npt.NDArray[np.int64]]:
-    """The rows of each patient, patients in the order in which they first appear."""
+def _rows_of_patient(
+    features: Tensor,
+    targets: Tensor,
+    patients: Sequence[Hashable],
+    *,
+    clip_norm: float,
+    most: int,
+    most_of_batch: int,
+) -> list[npt.NDArray[np.int64]]:
+    """The rows of each patient, patients in the order in which they first appear; UnsupportedEvent for numbers that are
+    no bounds and data that does not fit together."""
+    if not (math.isfinite(clip_norm) and clip_norm > 0):
+        raise UnsupportedEvent(f"training: found clip norm {clip_norm}, expected a finite number above 0")
+    if not 1 <= most <= most_of_batch:
+        raise UnsupportedEvent(
+            f"training: found at most {most} rows of a patient and {most_of_batch} of a batch, "
+            "expected 1 or more of a patient, and no more than of a batch, which a patient is never split over"
+        )
+    if not (len(patients) == len(features) == len(targets) > 0):
+        raise UnsupportedEvent(
+            f"training: found {len(features)} rows of features, {len(targets)} of targets and {len(patients)} "
+            "patients' keys, expected as many of each, and some"
+        )
     rows: dict[Hashable, list[int]] = {}
     for row, patient in enumerate(patients):
         rows.setdefault(patient, []).append(row)

@@ -3,6 +3,7 @@
 import copy
 import math
 import re
+from fractions import Fraction
 from itertools import pairwise
 
 import numpy as np
@@ -15,7 +16,8 @@ from torch import Tensor, nn
 from dp.errors import UnsupportedEvent
 from dp.events import PoissonSampledGaussian
 from dp.noise import GaussianNoise
-from dp.training import Plan, train_private
+from dp.shared import decode, encode, plan_shared_noise
+from dp.training import SUM_GRID, Plan, clipped_gradient_sum, train_private
 from secureagg.testing import CountingEntropy
 
 FALSE_ALARM = 1e-6
@@ -379,3 +381,180 @@ def test_a_failure_halfway_leaves_nothing_behind() -> None:
         assert not {"activations", "max_batch_len"} & set(vars(module))
     assert math.isfinite(float(vector(model.parameters()).sum()))
     np.testing.assert_allclose(train(model, features[:4], targets[:4], PATIENTS[:4]), expected, atol=1e-6)
+
+
+# Sums for sites that share noise.
+
+
+def summed(model, features, targets, patients, *, loss=squared, q=1.0, seed=0, **options) -> np.ndarray:
+    """One sum of a copy of the model, which must stay as it is."""
+    copied = copy.deepcopy(model)
+    found = clipped_gradient_sum(
+        copied,
+        loss,
+        features,
+        targets,
+        patients=patients,
+        sampling_rate=q,
+        **{"clip_norm": 1.0, "max_rows_per_patient": 4, "entropy": CountingEntropy(seed)} | options,
+    )
+    assert all(
+        torch.equal(a, b) for a, b in zip(copied.state_dict().values(), model.state_dict().values(), strict=True)
+    )
+    assert not any(vars(parameter).get("grad_sample") is not None for parameter in copied.parameters())
+    assert (found.dtype, found.shape) == (np.float64, (sum(p.numel() for p in model.parameters()),))
+    return found
+
+
+@pytest.mark.parametrize("kind", LAYERS)
+@pytest.mark.parametrize("clip", [0.5, 3.0, 1e3])
+def test_the_sum_is_that_of_clipped_means_of_patients(kind: str, clip: float) -> None:
+    """Through every kind of layer, the sum is what plain autograd gives row by row, averaged over each patient's rows,
+    clipped, and added up, in the order of the model's parameters."""
+    model, (features, targets) = make(kind), data_for(kind)
+    found = summed(model, features, targets, PATIENTS, clip_norm=clip)
+    expected = by_hand(model, features, targets, PATIENTS, clip)
+    np.testing.assert_allclose(found, expected, rtol=0, atol=3e-6 * clip)
+    assert np.linalg.norm(expected) > 0.3
+
+
+def test_frozen_parameters_have_no_coordinates() -> None:
+    """Only what is trained is in the sum, which is otherwise the same."""
+    model, (features, targets) = make("linear"), data_for("linear")
+    whole = summed(model, features, targets, PATIENTS, clip_norm=1e3)
+    model[0].weight.requires_grad_(False)
+    part = clipped_gradient_sum(
+        model, squared, features, targets, patients=PATIENTS, sampling_rate=1.0, clip_norm=1e3, max_rows_per_patient=4
+    )
+    np.testing.assert_allclose(part, whole[12:], rtol=0, atol=3e-3)
+    for parameter in model.parameters():
+        parameter.requires_grad_(False)
+    with pytest.raises(UnsupportedEvent, match="0 coordinates"):
+        clipped_gradient_sum(model, squared, features, targets, patients=range(13), sampling_rate=1.0, clip_norm=1.0)
+
+
+@pytest.mark.parametrize("bound", [4, 5, 7, 12])
+@pytest.mark.parametrize("q", [1.0, 0.6])
+def test_sums_in_pieces_are_the_same(bound: int, q: float) -> None:
+    """Cut into pieces of any size the sum is the same to the last bit, and lies on a grid of a power of two."""
+    model, (features, targets) = make("convolution"), data_for("convolution")
+    whole = summed(model, features, targets, PATIENTS, q=q)
+    assert np.array_equal(summed(model, features, targets, PATIENTS, q=q, max_batch_rows=bound), whole)
+    grid = 2.0 ** math.floor(math.log2(SUM_GRID / math.sqrt(len(whole))))
+    assert np.array_equal(whole / grid, np.rint(whole / grid))
+    assert np.abs(whole).max() > 0.01
+
+
+@pytest.mark.parametrize("copies", [1, 50])
+@pytest.mark.parametrize("clip", [0.1, 1e3])
+def test_a_patient_moves_the_sum_by_at_most_the_clip_norm(copies: int, clip: float) -> None:
+    """One image or 50 copies of it move the sum by the same vector; it is no longer than C in exact arithmetic, however
+    its gradient is rounded to the grid."""
+    model, (features, targets) = make("convolution"), data_for("convolution", 4)
+    options = {"clip_norm": clip, "max_rows_per_patient": 50}
+    rows = torch.tensor([0, 1, 2] + [3] * copies)
+    many = summed(model, features[rows], targets[rows], rows.tolist(), **options)
+    without = summed(model, features[:3], targets[:3], range(3), **options)
+    moved = many - without  # exact, as both lie on the grid
+    assert sum(Fraction(each) ** 2 for each in moved.tolist()) <= Fraction(clip) ** 2
+    length = min(clip, float(np.linalg.norm(gradient(model, features, targets, 3))))
+    assert np.linalg.norm(moved) == pytest.approx(length, rel=1e-5)
+
+
+def test_each_sum_has_a_sample_of_its_own(seen) -> None:
+    """Each patient is in a sum with chance q, by other coins each time; false alarm 1e-6."""
+    features, targets = numbered(200)
+    for seed in range(50):
+        summed(make("linear"), features, targets, range(200), loss=noting(seen), q=0.3, seed=seed, max_batch_rows=200)
+    present = np.bincount([row for batch in seen for row in batch], minlength=200)
+    low, high = stats.binom.ppf([FALSE_ALARM / 2, 1 - FALSE_ALARM / 2], 200 * 50, 0.3)
+    assert low <= present.sum() <= high
+    assert stats.chisquare(present).pvalue > FALSE_ALARM
+    assert len({tuple(batch) for batch in seen}) == len(seen)
+
+
+def test_a_sum_of_nobody_is_zero() -> None:
+    """A sample without any patient gives zeros, not an error."""
+    model, (features, targets) = make("linear"), data_for("linear")
+    assert not summed(model, features, targets, PATIENTS, q=1e-9).any()
+
+
+def test_a_patient_without_a_number_adds_nothing() -> None:
+    """A patient whose gradient is not finite is left out of the sum."""
+    model, (features, targets) = make("linear"), data_for("linear", 6)
+    expected = summed(model, features[:5], targets[:5], range(5))
+    features[5] = math.nan
+    assert np.array_equal(summed(model, features, targets, range(6)), expected)
+
+
+@pytest.mark.parametrize(
+    ("options", "text"),
+    [
+        ({"q": 0.0}, "sampling rate 0.0"),
+        ({"q": 1.1}, "sampling rate 1.1"),
+        ({"clip_norm": 0.0}, "clip norm 0.0"),
+        ({"clip_norm": math.nan}, "clip norm nan"),
+        ({"clip_norm": 1e-300}, "clip norm 1e-300, expected some coordinates"),
+        ({"max_rows_per_patient": 0}, "at most 0 rows of a patient"),
+        ({"max_batch_rows": 3}, "and 3 of a batch"),
+        ({"patients": range(12)}, "12 patients' keys"),
+        ({"loss": lambda p, t: ((p - t) ** 2).mean()}, "loss together is not the sum"),
+        ({"model": nn.Sequential(nn.Linear(3, 2), nn.BatchNorm1d(2)).double()}, "GroupNorm"),
+    ],
+)
+def test_sums_that_no_clipping_bounds_are_refused(options, text: str) -> None:
+    """What training refuses is refused for a sum too, before anybody is sampled."""
+    features, targets = data_for("linear")
+    given = {"model": make("linear"), "patients": PATIENTS} | options
+
+    def coins(length: int) -> bytes:
+        raise AssertionError("somebody is sampled")
+
+    with pytest.raises(UnsupportedEvent, match=text):
+        summed(given.pop("model"), features, targets, given.pop("patients"), **given, entropy=coins)
+
+
+def test_too_many_patients_for_exact_sums(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where a sum of all patients could be rounded, nothing is promised."""
+    model, (features, targets) = make("linear"), data_for("linear")
+    monkeypatch.setattr("dp.training.LARGEST", 2.0**20)
+    with pytest.raises(UnsupportedEvent, match="6 patients, 26 coordinates"):
+        summed(model, features, targets, PATIENTS)
+
+
+def test_sites_that_share_noise_compute_the_pooled_gradient() -> None:
+    """Three sites' encoded sums open to the clipped sum over all their patients, with the planned noise and no more:
+    chi-square, false alarm 1e-6."""
+    generator = torch.Generator().manual_seed(2)
+    model = nn.Sequential(nn.Linear(200, 40)).double()
+    features, targets = torch.randn(30, 200, generator=generator).double(), torch.zeros(30, 40).double()
+    plan = plan_shared_noise(
+        epsilon=4.0,
+        delta=1e-5,
+        steps=1,
+        dimensions=8040,
+        sites=3,
+        dropouts=0,
+        colluders=1,
+        clip_norm=2.0,
+        sampling_rate=1.0,
+        expected_batch=10.0,
+    )
+    parts = []
+    for site in range(3):
+        own = slice(10 * site, 10 * site + 10)
+        total = clipped_gradient_sum(
+            model,
+            squared,
+            features[own],
+            targets[own],
+            patients=range(10),
+            sampling_rate=1.0,
+            clip_norm=plan.clip_norm,
+            entropy=CountingEntropy(site),
+        )
+        parts.append(encode(total, plan, entropy=CountingEntropy(10 + site)))
+    opened = decode(np.sum(parts, axis=0, dtype=np.uint64), plan)
+    error = (opened - by_hand(model, features, targets, range(30), 2.0)) / plan.error_of_sum
+    low, high = stats.chi2.ppf([FALSE_ALARM / 2, 1 - FALSE_ALARM / 2], len(error))
+    assert low < np.sum(error**2) < high
