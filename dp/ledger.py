@@ -58,7 +58,10 @@ class Release:
 
     ``model_sha256``: of the model that training starts from; ``manifest_sha256``: of the consortium's rules;
     ``cohort``: sites in the round; ``threshold`` and ``max_corrupt``: of the secure sum; ``clip_norm``: bound on one
-    unit's gradient; ``neighbouring``: what neighbouring data sets differ by.  None: not known to the caller.
+    unit's gradient; ``neighbouring``: what neighbouring data sets differ by.  ``mode``: of privacy.  Of noise that
+    sites share: how many ``sites`` it was planned for, of which ``max_dropouts`` may be missing and ``honest`` ones'
+    parts at least are not known to the coordinator, and what ``dp.shared.SharedNoisePlan`` says of ``dimensions``,
+    ``ring_bits``, ``scale`` and ``local_deviation``.  None: not known to the caller, or not so.
     """
 
     run: str
@@ -76,6 +79,14 @@ class Release:
     max_corrupt: int | None = None
     clip_norm: float | None = None
     random_generator: str | None = None
+    mode: str | None = None
+    sites: int | None = None
+    max_dropouts: int | None = None
+    honest: int | None = None
+    dimensions: int | None = None
+    ring_bits: int | None = None
+    scale: float | None = None
+    local_deviation: float | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -266,12 +277,16 @@ class Ledger:
             )
         return content
 
-    def mark_sent(self, committed: Committed) -> None:
-        """Record that an update went out, and delete its bytes; nothing happens if that was done before."""
+    def mark_sent(self, committed: Committed, realised: Entry | None = None) -> None:
+        """Record that an update went out, and delete its bytes; nothing happens if that was done before.
+
+        ``realised``: what is known of the sum that it became part of.
+        """
         with self._transaction("IMMEDIATE"):
             if committed.reservation not in self._unsent:
                 return
-            row = self._append("sent", {"reservation": committed.reservation})
+            known = {"realised": realised} if realised else {}
+            row = self._append("sent", {"reservation": committed.reservation, **known})
             self._database.execute("DELETE FROM outbox WHERE reservation = ?", (committed.reservation,))
         self._take(row)
 

@@ -30,8 +30,7 @@ with join(sys.argv[1]) as federation:
         patients=range(len(data.train_labels)),  # whose each row is
     )
     for training_round in federation.rounds():
-        result = trainer.train_round(training_round)
-        training_round.submit(result.state, examples=result.examples, epsilon=result.epsilon)
+        training_round.submit_trained(trainer.train_round(training_round))
         print(f"round {training_round.number} of {training_round.total} submitted, epsilon {trainer.epsilon:.3f} spent")
 
 model.load_state_dict(federation.final_state)

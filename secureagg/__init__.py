@@ -6,7 +6,7 @@ and ``shamir`` (how inputs are hidden and masks are recovered), ``messages`` and
 """
 
 from secureagg.coordinator import Aggregate, Coordinator, Outbound
-from secureagg.encoding import Counts, EncodedInput, FixedPoint, Lane, encode_input
+from secureagg.encoding import Counts, EncodedInput, FixedPoint, Lane, RingElements, encode_input
 from secureagg.errors import (
     AuthenticationFailed,
     DuplicateMessage,
@@ -46,6 +46,7 @@ __all__ = [
     "ParameterError",
     "Participant",
     "RemoteProtocolError",
+    "RingElements",
     "Roster",
     "RoundAborted",
     "RoundParameters",

@@ -15,10 +15,10 @@ import numpy.typing as npt
 from secureagg.errors import ParameterError, ShapeMismatch, ValueOutOfRange
 from secureagg.identity import Entropy
 from secureagg.keystream import Keystream, Spread, in_parts, parts_of
-from secureagg.lanes import CANARY, CLIPPED, WEIGHT, Counts, FixedPoint, Lane, RingLane, Words, integer
+from secureagg.lanes import CANARY, CLIPPED, WEIGHT, Counts, FixedPoint, Lane, RingElements, RingLane, Words, integer
 from secureagg.parameters import RoundParameters
 
-__all__ = ["Counts", "EncodedInput", "FixedPoint", "Lane", "decode_total", "encode_input"]
+__all__ = ["Counts", "EncodedInput", "FixedPoint", "Lane", "RingElements", "decode_total", "encode_input"]
 
 _UINT32, _INT32, _INT64 = np.dtype("<u4"), np.dtype("<i4"), np.dtype("<i8")
 _BLOCK_VALUES: Final = 32 * 1024  # the block's buffers stay in cache; a multiple of the cipher's 16 bytes
@@ -70,8 +70,10 @@ def encode_input(
             vectors[name], clipped = _encode_fixed_point(ring_lane, lane.encoding, array, entropy(32), spread)
             if lane.encoding.clip:
                 vectors[name + CLIPPED] = _single(parameters.lanes[name + CLIPPED], clipped)
+        elif isinstance(lane.encoding, Counts):
+            vectors[name] = _whole(name, array, most=lane.encoding.maximum).astype(ring_lane.word)
         else:
-            vectors[name] = _encode_counts(ring_lane, lane.encoding, array)
+            vectors[name] = _whole(name, array, most=(1 << ring_lane.ring_bits) - 1).astype(ring_lane.word)
         if lane.weighted and weight is not None:
             vectors[name] *= vectors[name].dtype.type(weight)
             ring_lane.reduce(vectors[name])
@@ -195,20 +197,20 @@ def _clip(name: str, encoding: FixedPoint, block: npt.NDArray[np.float64], start
     return len(outside)
 
 
-def _encode_counts(ring_lane: RingLane, encoding: Counts, values: npt.NDArray[np.generic]) -> Words:
-    name = ring_lane.lane.name
+def _whole(name: str, values: npt.NDArray[np.generic], *, most: int) -> npt.NDArray[np.generic]:
+    """``values`` if all are integers from 0 to ``most``."""
     if not np.issubdtype(values.dtype, np.integer):
         raise ParameterError(f"lane {name}: found dtype {values.dtype}, expected integers")
-    outside: npt.NDArray[np.bool_] = np.less(values, 0) | np.greater(values, encoding.maximum)
+    outside: npt.NDArray[np.bool_] = np.less(values, 0) | np.greater(values, most)
     if outside.any():
         index = int(np.flatnonzero(outside)[0])
-        side = "below 0" if np.less(values[index], 0) else f"above {encoding.maximum}"
+        side = "below 0" if np.less(values[index], 0) else f"above {most}"
         raise ValueOutOfRange(
-            f"lane {name}, index {index}: found a count {side}, expected 0 to {encoding.maximum}",
+            f"lane {name}, index {index}: found an integer {side}, expected 0 to {most}",
             lane=name,
             index=index,
         )
-    return values.astype(ring_lane.word)
+    return values
 
 
 def _single(ring_lane: RingLane, value: int) -> Words:

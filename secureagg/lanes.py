@@ -79,6 +79,24 @@ class Counts:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class RingElements:
+    """Integers modulo 2^``ring_bits``, 8 to 63, encoded by the caller, who answers for their sum fitting the ring.
+
+    For noise that must be added before masking and whose law rounding or clipping would change.
+    """
+
+    ring_bits: int
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "ring_bits", integer(self.ring_bits, what="ring elements, ring_bits"))
+        if not MINIMUM_RING_BITS <= self.ring_bits < MAXIMUM_RING_BITS:
+            raise ParameterError(f"ring elements: found {self.ring_bits} ring bits, expected 8 to 63")
+
+
+Encoding = FixedPoint | Counts | RingElements
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Lane:
     """One named vector of a round: ``length`` numbers under ``encoding``.
 
@@ -88,7 +106,7 @@ class Lane:
 
     name: str
     length: int
-    encoding: FixedPoint | Counts
+    encoding: Encoding
     weighted: bool = False
     minimum_ring_bits: int = MINIMUM_RING_BITS
 
@@ -102,11 +120,14 @@ class Lane:
             raise ParameterError(
                 f"lane {self.name}: found {self.minimum_ring_bits} minimum ring bits, expected 8 to 64"
             )
+        # Stops a weight from multiplying noise, and a ring in which a sum would not wrap where its parts did.
+        if isinstance(self.encoding, RingElements) and (self.weighted or self.minimum_ring_bits != MINIMUM_RING_BITS):
+            raise ParameterError(f"lane {self.name}: ring elements have their own ring and no weight")
 
     @property
     def signed(self) -> bool:
         """Whether ring elements stand for integers on both sides of 0."""
-        return isinstance(self.encoding, FixedPoint)
+        return not isinstance(self.encoding, Counts)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -127,6 +148,8 @@ class RingLane:
         Raises ParameterError, with the inequality and its numbers, if that takes more than 64 bits, or if the total
         would not fit a signed 64-bit integer.
         """
+        if isinstance(lane.encoding, RingElements):
+            return cls(lane=lane, ring_bits=lane.encoding.ring_bits)
         largest = lane.encoding.levels if isinstance(lane.encoding, FixedPoint) else lane.encoding.maximum
         weight = max_weight if lane.weighted else 1
         total = cohort_size * weight * largest

@@ -23,7 +23,7 @@ from secureagg import labels
 from secureagg.errors import ParameterError
 from secureagg.graph import check_neighbours, choose_neighbourhood, least_honest_survivors
 from secureagg.identity import Roster, SiteId
-from secureagg.lanes import CANARY, CLIPPED, WEIGHT, Counts, FixedPoint, Lane, RingLane, integer
+from secureagg.lanes import CANARY, CLIPPED, WEIGHT, Counts, FixedPoint, Lane, RingElements, RingLane, integer
 
 MINIMUM_COHORT: Final = 3
 MAXIMUM_COHORT: Final = 1000  # on the complete graph, whose shares grow with the square of the cohort
@@ -317,5 +317,7 @@ def _lane_parts(ring_lane: RingLane) -> tuple[bytes, ...]:
             encoding = b"fixed-point" + struct.pack("<dq?", value_range, value_bits, clip)
         case Counts(maximum=maximum):
             encoding = b"counts" + struct.pack("<q", maximum)
+        case RingElements():
+            encoding = b"ring-elements"
     numbers = struct.pack("<qq?", lane.length, ring_lane.ring_bits, lane.weighted)
     return lane.name.encode(), numbers, encoding

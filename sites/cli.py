@@ -8,7 +8,7 @@ import logging
 import sys
 from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Final, NoReturn
+from typing import TYPE_CHECKING, Annotated, Any, Final, NoReturn
 
 import msgspec
 import typer
@@ -43,7 +43,15 @@ app.add_typer(audit_app)
 
 out = Console(highlight=False)
 
-_OF_TRAINING: Final = {"opacus", "randomgen", "safetensors", "sklearn", "torch"}  # what the extra of that name installs
+_OF_TRAINING: Final = {"opacus", "safetensors", "sklearn", "torch"}  # what the extra of that name installs
+
+
+class Mode(StrEnum):
+    """Modes of differential privacy."""
+
+    LOCAL = "local"
+    SHARED = "shared"
+    SITE = "site"
 
 
 class Data(StrEnum):
@@ -113,7 +121,14 @@ def create(
     learning_rate: Annotated[float | None, typer.Option(help="Of the sites' steps.")] = None,
     server_optimizer: Annotated[str | None, typer.Option(help="average, momentum or adam.")] = None,
     server_learning_rate: Annotated[float | None, typer.Option(help="Of the server optimizer.")] = None,
-    mode: Annotated[str | None, typer.Option(help="Differential privacy: local or none.")] = None,
+    mode: Annotated[str, typer.Option(help="Differential privacy: local, shared, site or none.")] = "local",
+    sampling_rate: Annotated[float, typer.Option(help="Modes shared: each patient's chance to be in a round.")] = 0.25,
+    max_dropouts: Annotated[
+        int | None, typer.Option(help="Modes shared and site: most sites that may be missing from a round.")
+    ] = None,
+    mechanism: Annotated[
+        str, typer.Option(help="Modes shared and site: skellam or 'discrete gaussian' noise.")
+    ] = "skellam",
     epsilon: Annotated[float | None, typer.Option(help="The most that each site spends.")] = None,
     delta: Annotated[float | None, typer.Option(help="The delta that goes with epsilon.")] = None,
     clip_norm: Annotated[float | None, typer.Option(help="Bound on one patient's gradient.")] = None,
@@ -139,9 +154,10 @@ def create(
         initial = manifest.parent / "initial.safetensors"
         write_atomic(initial, initial_heart_model())
         out.print(f"{initial}  the heart data's model, all weights zero", soft_wrap=True)
-    changes = {
+    training, privacy = recipe.recipe_of(mode)
+    changes: dict[str, Any] = {
         "training": _changed(
-            recipe.TRAINING,
+            training,
             rounds=rounds,
             local_steps=local_steps,
             batch_size=batch_size,
@@ -149,7 +165,7 @@ def create(
             server_optimizer=server_optimizer,
             server_learning_rate=server_learning_rate,
         ),
-        "privacy": _changed(recipe.PRIVACY, mode=mode, epsilon=epsilon, delta=delta, clip_norm=clip_norm),
+        "privacy": _changed(privacy, epsilon=epsilon, delta=delta, clip_norm=clip_norm),
         "encoding": _changed(
             recipe.ENCODING, value_bits=value_bits, value_range=value_range, out_of_range=out_of_range
         ),
@@ -162,6 +178,7 @@ def create(
             dropout_percent=dropout_percent,
         ),
     }
+    noise = {"sampling_rate": sampling_rate, "max_dropouts": max_dropouts, "mechanism": mechanism}
     created = recipe.new_manifest(
         name=name,
         coordinator=load_card(coordinator),
@@ -169,6 +186,7 @@ def create(
         cards=[load_card(card) for card in cards],
         initial=initial.read_bytes(),
         changes=changes,
+        noise=noise,
     )
     created.save(manifest)
     out.print(f"{manifest}  every site reads it and runs `secureagg consortium sign`", soft_wrap=True)
@@ -247,10 +265,15 @@ def site(
 
 @app.command(epilog=_example("secureagg demo --epsilon 2 --drop va:CollectingMaskedInputs --json result.json"))
 def demo(
-    rounds: Annotated[int, typer.Option(min=1, max=1000, help="Training rounds.")] = 10,
+    rounds: Annotated[
+        int | None, typer.Option(min=1, max=1000, help="Training rounds; by default 10, or the mode's own number.")
+    ] = None,
     epsilon: Annotated[
         float, typer.Option(help="Each hospital's privacy budget, over all rounds, at delta 0.001.")
     ] = 1.0,
+    mode: Annotated[
+        Mode, typer.Option(help="Noise of each hospital's own, or shared by all, per patient or per whole site.")
+    ] = Mode.LOCAL,
     data: Annotated[Data, typer.Option(help="Which data.")] = Data.HEART,
     data_folder: Annotated[
         Path | None, typer.Option(help="Folder with UCI's original files; without it, the installed copy is used.")
@@ -270,6 +293,7 @@ def demo(
     del data  # there is one so far
     run_demo(
         console=out,
+        mode=mode.value,
         rounds=rounds,
         epsilon=epsilon,
         data_folder=data_folder,

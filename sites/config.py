@@ -18,17 +18,36 @@ from sites.manifest import Manifest
 LEDGER: Final = "ledger.sqlite"
 
 
-class LocalPrivacy(
-    msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True, tag_field="mode", tag="local"
-):
+class _Privacy(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True, tag_field="mode"):
+    """Base of the modes of privacy that a site may ask for."""
+
+
+class BoundedPrivacy(_Privacy, frozen=True):
     """The most that this site ever spends on its data, over all runs and consortia: ``epsilon`` at ``delta``."""
 
     epsilon: Annotated[float, msgspec.Meta(gt=0, le=1e9)]
     delta: Annotated[float, msgspec.Meta(gt=0, lt=1)]
 
 
-class NoPrivacy(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True, tag_field="mode", tag="none"):
+class LocalPrivacy(BoundedPrivacy, frozen=True, tag="local"):
+    """This site's own noise must protect its patients, whatever the others do."""
+
+
+class SharedPrivacy(BoundedPrivacy, frozen=True, tag="shared"):
+    """Noise that the sites share may protect its patients, too: against the coordinator and a few sites, not all."""
+
+
+class SitePrivacy(BoundedPrivacy, frozen=True, tag="site"):
+    """The whole site must be the unit."""
+
+
+class NoPrivacy(_Privacy, frozen=True, tag="none"):
     """This site agrees to training without differential privacy; it has to say so."""
+
+
+OwnPrivacy = LocalPrivacy | SharedPrivacy | SitePrivacy | NoPrivacy
+# What protects no less than what a site asks for: noise of its own protects from more, a whole site is more.
+_AS_GOOD: Final = {"local": {"local"}, "shared": {"shared", "local", "site"}, "site": {"site"}}
 
 
 class OwnPolicy(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -57,7 +76,7 @@ class SiteConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_onl
     manifest_sha256: Annotated[str, msgspec.Meta(pattern="^[0-9a-f]{64}\\Z")]
     keys: str
     state: str
-    privacy: LocalPrivacy | NoPrivacy
+    privacy: OwnPrivacy
     ledger: str | None = None
     policy: OwnPolicy = OwnPolicy()
     data: OwnData | None = None
@@ -85,7 +104,8 @@ def save_config(
     cost.
     """
     offered, folder = manifest.privacy, path.parent
-    accepted = LocalPrivacy(epsilon=offered.epsilon, delta=offered.delta) if offered.mode == "local" else NoPrivacy()
+    bounds = {} if offered.mode == "none" else {"epsilon": offered.epsilon, "delta": offered.delta}
+    accepted = msgspec.convert({"mode": offered.mode, **bounds}, OwnPrivacy)
     decided = load_config(path) if path.exists() else None
     if decided is None:
         decided = SiteConfig(name=site, manifest="", manifest_sha256="0" * 64, keys="", state=".", privacy=accepted)
@@ -122,8 +142,10 @@ class OpenSite:
 
     @property
     def ledger(self) -> Path:
-        """File of the privacy ledger."""
-        return self.folder / self.config.ledger if self.config.ledger else self.state / LEDGER
+        """File of the privacy ledger; a unit of its own has one of its own."""
+        unit = self.manifest.privacy.unit
+        own = self.state / (LEDGER if unit == "patient" else f"ledger.{unit}.sqlite")
+        return self.folder / self.config.ledger if self.config.ledger else own
 
     @property
     def minimum_survivors(self) -> int:
@@ -156,12 +178,17 @@ def open_site(path: Path) -> OpenSite:
         )
     # Stops a consortium whose guarantee is weaker than this site's own policy.
     offered, own = manifest.privacy, config.privacy
-    if isinstance(own, LocalPrivacy) and (
-        offered.mode != "local" or offered.epsilon > own.epsilon or offered.delta > own.delta
-    ):
-        found = f"up to epsilon {offered.epsilon:g} at delta {offered.delta:g}" if offered.mode == "local" else "none"
-        raise ManifestError(
-            f"{folder / config.manifest}: differential privacy: {found}, expected at most the epsilon "
-            f"{own.epsilon:g} at delta {own.delta:g} that {path} allows"
-        )
+    if isinstance(own, BoundedPrivacy):
+        mode = str(own.__struct_config__.tag)
+        if offered.mode not in _AS_GOOD[mode]:
+            raise ManifestError(
+                f"{folder / config.manifest}: differential privacy: {offered.mode}, expected mode "
+                f"{' or '.join(sorted(_AS_GOOD[mode]))}, since {path} says {mode}"
+            )
+        if offered.epsilon > own.epsilon or offered.delta > own.delta:
+            raise ManifestError(
+                f"{folder / config.manifest}: differential privacy: up to epsilon {offered.epsilon:g} at delta "
+                f"{offered.delta:g}, expected at most the epsilon {own.epsilon:g} at delta {own.delta:g} that {path} "
+                "allows"
+            )
     return OpenSite(name=keys.site, config=config, folder=folder, keys=keys, manifest=manifest)

@@ -37,7 +37,7 @@ from sites.evaluation import Metrics, metrics_from_counts
 from sites.files import write_atomic
 from sites.manifest import Manifest
 from sites.model_state import model_digest
-from sites.rounds import CORRECT, HISTOGRAM, TOTAL, UPDATE, model_spec, round_parameters
+from sites.rounds import CORRECT, HISTOGRAM, TOTAL, UPDATE, mean_update, model_spec, round_parameters
 from sites.server_optimizer import ServerOptimizer
 from transport import Delivery, Endpoint, PeerId, TransportError
 
@@ -121,8 +121,8 @@ class CoordinatorLoop:
             for number in range(1, rounds + 2):
                 record, aggregate = self._play(number, "train" if number <= rounds else "evaluate")
                 records.append(record)
-                if aggregate is not None and UPDATE in aggregate.means:
-                    self._model = self._spec.to_bytes(self._optimizer.step(aggregate.means[UPDATE]))
+                if aggregate is not None and UPDATE in aggregate.totals:
+                    self._model = self._spec.to_bytes(self._optimizer.step(mean_update(self._manifest, aggregate)))
                     self._save_model()
                 with (self._state / "rounds.jsonl").open("ab") as log:
                     log.write(msgspec.json.encode(record) + b"\n")
@@ -214,11 +214,12 @@ class CoordinatorLoop:
             aggregate = machine.phase.aggregate
             record.survivors = aggregate.survivors
             totals = aggregate.totals
-            record.metrics = metrics_from_counts(
-                correct=int(totals[CORRECT][0]),
-                total=int(totals[TOTAL][0]),
-                histogram=totals[HISTOGRAM].reshape(2, -1),
-            )
+            if TOTAL in totals:
+                record.metrics = metrics_from_counts(
+                    correct=int(totals[CORRECT][0]),
+                    total=int(totals[TOTAL][0]),
+                    histogram=totals[HISTOGRAM].reshape(2, -1),
+                )
             record.examples = int(totals[WEIGHT][0]) if WEIGHT in totals else None
             return record, aggregate
         if isinstance(machine.phase, Aborted):

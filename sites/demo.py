@@ -29,14 +29,19 @@ from sites.errors import ConfigurationError, FederationFailed
 from sites.evaluation import Metrics
 from sites.files import write_atomic
 from sites.keys import Keys, generate_keys, save_keys
-from sites.manifest import Manifest
+from sites.manifest import Manifest, Privacy, Training
 from sites.programs import DROPPED_EXIT_STATUS, SiteSummary, stop_at
-from sites.recipe import DEADLINES, PRIVACY, TRAINING, new_manifest
+from sites.recipe import DEADLINES, PRIVACY, TRAINING, new_manifest, recipe_of
 from sites.reference import evaluate_heart, pool, train_alone, train_pooled
 from sites.rounds import model_spec
 from sites.trainer import initial_heart_model
 
 COORDINATOR: Final = "coordinator"
+GUARANTEES: Final = {
+    "local": "differential privacy per patient",
+    "shared": "differential privacy per patient by noise that they share",
+    "site": "differential privacy per hospital by noise that they share",
+}
 # A machine that fails is only noticed when its time is up; the demo's rounds take a fraction of a second.
 DEADLINES_WITH_DROPS: Final = msgspec.structs.replace(
     DEADLINES, join_seconds=20.0, phase_seconds=5.0, training_seconds=8.0
@@ -76,6 +81,7 @@ class DemoResult(msgspec.Struct, frozen=True, kw_only=True):
     """The demo's JSON."""
 
     backend: str
+    mode: str
     rounds: int
     sites: list[SiteResult]
     metrics: MetricsResult
@@ -85,7 +91,8 @@ class DemoResult(msgspec.Struct, frozen=True, kw_only=True):
 def run_demo(
     *,
     console: Console,
-    rounds: int = TRAINING.rounds,
+    mode: str = PRIVACY.mode,
+    rounds: int | None = None,
     epsilon: float = PRIVACY.epsilon,
     data_folder: Path | None = None,
     drops: Sequence[str] = (),
@@ -94,10 +101,15 @@ def run_demo(
 ) -> DemoResult:
     """Run the demo, print its tables to ``console``, and return its result.
 
-    ``drops``: "SITE:PHASE" for each hospital whose machine fails in the middle round.  Raises ConfigurationError for
+    ``mode``: of privacy; ``rounds``: by default the recipe's for it; ``drops``: "SITE:PHASE" for each hospital whose
+    machine fails in the middle round.  Raises ConfigurationError for
     unfit options and FederationFailed if the coordinator gives up.
     """
     began = time.monotonic()
+    training, privacy = recipe_of(mode)
+    rounds = training.rounds if rounds is None else rounds
+    training = msgspec.structs.replace(training, rounds=rounds)
+    privacy = msgspec.structs.replace(privacy, epsilon=epsilon)
     failing = dict(_drop(text) for text in drops)
     hospitals = load_hospitals(data_folder)  # before anything starts: a missing file is told at once
     if json_file is not None and not json_file.parent.is_dir():
@@ -105,20 +117,20 @@ def run_demo(
     with _folder(keep) as folder, _progress(console) as progress:
         task = progress.add_task("keys and a signed manifest", total=rounds + 1)
         manifest = _create_consortium(
-            folder, rounds=rounds, epsilon=epsilon, data_folder=data_folder, deadlines_for_drops=bool(failing)
+            folder, training=training, privacy=privacy, data_folder=data_folder, deadlines_for_drops=bool(failing)
         )
         middle = (rounds + 1) // 2
         progress.update(task, description="hospitals are starting")
         with _processes(folder, {name: f"{phase}:{middle}" for name, phase in failing.items()}) as processes:
             test = pool(hospitals.values())
             bins = manifest.evaluation.histogram_bins
+            # Alone, a hospital has nobody to share noise with.
+            alone = msgspec.structs.replace(PRIVACY, epsilon=epsilon)
             local = {
-                name: train_alone(hospital, test=test, training=manifest.training, privacy=manifest.privacy, bins=bins)
+                name: train_alone(hospital, test=test, training=TRAINING, privacy=alone, bins=bins)
                 for name, hospital in hospitals.items()
             }
-            pooled = train_pooled(
-                test, sites=len(hospitals), training=manifest.training, privacy=manifest.privacy, bins=bins
-            )
+            pooled = train_pooled(test, sites=len(hospitals), training=TRAINING, privacy=alone, bins=bins)
             for number in _follow(folder, processes):
                 progress.update(task, completed=number, description=f"round {min(number + 1, rounds)}")
         progress.update(task, completed=rounds + 1, description="finished")
@@ -129,10 +141,11 @@ def run_demo(
         final = spec.restore(spec.from_bytes((folder / "model.safetensors").read_bytes(), who="final model"))
     # Without failures these are the very metrics that the coordinator read off the last sum of counts.
     federated = evaluate_heart(final, test, bins)
-    training = [_training_seconds(record, summaries) for record in records]
-    aggregation = [sum(record.seconds.values()) - own for record, own in zip(records, training, strict=True)]
+    own_seconds = [_training_seconds(record, summaries) for record in records]
+    aggregation = [sum(record.seconds.values()) - own for record, own in zip(records, own_seconds, strict=True)]
     result = DemoResult(
         backend="masked",
+        mode=mode,
         rounds=rounds,
         sites=[
             SiteResult(
@@ -148,7 +161,7 @@ def run_demo(
         metrics=MetricsResult(federated=federated, pooled=pooled, local=local),
         seconds=Seconds(
             total=time.monotonic() - began,
-            training=sum(training),
+            training=sum(own_seconds),
             aggregation=sum(aggregation),
         ),
     )
@@ -157,7 +170,7 @@ def run_demo(
     console.print(_hospital_table(result))
     console.print(_metrics_table(result, len(test.test_labels)))
     console.print(
-        f"A typical round: {statistics.median(training[:-1]):.2f} s of training (the slowest hospital), "
+        f"A typical round: {statistics.median(own_seconds[:-1]):.2f} s of training (the slowest hospital), "
         f"{statistics.median(aggregation):.2f} s of aggregation. Whole demo: {result.seconds.total:.0f} s.",
         soft_wrap=True,
     )
@@ -206,7 +219,7 @@ def _progress(console: Console) -> Progress:
 
 
 def _create_consortium(
-    folder: Path, *, rounds: int, epsilon: float, data_folder: Path | None, deadlines_for_drops: bool
+    folder: Path, *, training: Training, privacy: Privacy, data_folder: Path | None, deadlines_for_drops: bool
 ) -> Manifest:
     """Keys for everybody, a manifest signed by everybody, a SITE.toml for each hospital, the initial model."""
     keys: dict[str, Keys] = {name: generate_keys(name) for name in (COORDINATOR, *HOSPITALS)}
@@ -221,8 +234,8 @@ def _create_consortium(
         cards=[keys[name].card for name in HOSPITALS],
         initial=initial,
         changes={
-            "training": msgspec.structs.replace(TRAINING, rounds=rounds),
-            "privacy": msgspec.structs.replace(PRIVACY, epsilon=epsilon),
+            "training": training,
+            "privacy": privacy,
             "deadlines": DEADLINES_WITH_DROPS if deadlines_for_drops else DEADLINES,
         },
     )
@@ -338,7 +351,7 @@ def _print_failures(console: Console, records: list[RoundRecord]) -> None:
 
 def _hospital_table(result: DemoResult) -> Table:
     table = Table(
-        title=f"Four hospitals, one model: {_rounds(result.rounds)}, differential privacy per patient",
+        title=f"Four hospitals, one model: {_rounds(result.rounds)}, {GUARANTEES[result.mode]}",
         title_justify="left",
         caption="alone: a model trained on this hospital's patients only, with the same epsilon",
         caption_justify="left",
@@ -381,7 +394,12 @@ def _view_table(records: list[RoundRecord]) -> Table:
         table.add_row(site, f"{last.bytes_received[site]:,} bytes; its masked input begins {sample}")
     table.add_section()
     together = f"of {len(last.survivors)} hospitals together"
-    table.add_row("their sum", f"{last.examples} examples, the mean update and evaluation counts {together}")
+    what = (
+        f"{last.examples} examples, the mean update and evaluation counts"
+        if last.examples is not None
+        else "the noised sum, by which the model moves,"
+    )
+    table.add_row("their sum", f"{what} {together}")
     return table
 
 

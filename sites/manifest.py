@@ -8,18 +8,23 @@ import tomllib
 from collections.abc import Mapping, Sequence
 from functools import cached_property
 from hashlib import sha256
+from math import prod
 from pathlib import Path
-from typing import Annotated, Any, Final, Literal, Self
+from typing import TYPE_CHECKING, Annotated, Any, Final, Literal, Self
 
 import msgspec
 import tomli_w
 
+from dp.errors import UnsupportedEvent
 from secureagg import AuthenticationFailed, Card, Identity, ParameterError, Roster, SiteId
 from secureagg.identity import verify
 from secureagg.parameters import COMPLETE_UP_TO, Graph, ThresholdOptions, choose_thresholds
 from sites.errors import ManifestError
 from sites.files import write_atomic
 from sites.keys import card_fields
+
+if TYPE_CHECKING:
+    from dp.shared import SharedNoisePlan
 
 LABEL: Final = b"secureagg/v1/manifest"
 
@@ -55,9 +60,9 @@ class Policy(_Table, frozen=True):
     dropout_percent: Annotated[int, msgspec.Meta(ge=0, le=50)]
     threshold: Literal["two-thirds"] = "two-thirds"
 
-    def thresholds(self, cohort_size: int) -> ThresholdOptions:
+    def thresholds(self, cohort_size: int, *, at_least: int = 0) -> ThresholdOptions:
         """What ``RoundParameters.create`` is to be given for a cohort of this size: these numbers, and more survivors
-        where its graph enforces more.
+        where its graph enforces more, or where shared noise needs ``at_least`` so many.
 
         Raises ParameterError for a policy that is not safe for it.
         """
@@ -65,7 +70,7 @@ class Policy(_Table, frozen=True):
         if self.graph == "sparse" or (self.graph == "auto" and cohort_size > COMPLETE_UP_TO):
             options["max_dropouts"] = cohort_size * self.dropout_percent // 100
         enforced = choose_thresholds(cohort_size, **options).minimum_survivors
-        options["minimum_survivors"] = max(self.minimum_survivors, enforced)
+        options["minimum_survivors"] = max(self.minimum_survivors, enforced, at_least)
         choose_thresholds(cohort_size, **options)
         return options
 
@@ -101,7 +106,8 @@ class Model(_Table, frozen=True):
 
 
 class Training(_Table, frozen=True):
-    """The training plan; ``batch_size`` is the expected size of a Poisson-sampled batch."""
+    """The training plan; ``batch_size`` is the expected size of a Poisson-sampled batch, in the privacy mode "shared"
+    of all sites' together: what an opened sum is divided by."""
 
     rounds: Annotated[int, msgspec.Meta(ge=1, le=100_000)]
     local_steps: Annotated[int, msgspec.Meta(ge=1, le=1_000_000)]
@@ -112,13 +118,39 @@ class Training(_Table, frozen=True):
 
 
 class Privacy(_Table, frozen=True):
-    """What every site accepts at most: ``epsilon`` at ``delta`` per ``unit``, gradients clipped to ``clip_norm``."""
+    """What every site accepts at most: ``epsilon`` at ``delta`` per ``unit``, gradients clipped to ``clip_norm``.
 
-    mode: Literal["local", "none"]
+    "local": each site's own noise protects its patients from everybody.  "shared" (a gradient sum in each round) and
+    "site" (a whole update): only the sum of all sites has enough noise, against the coordinator and ``max_corrupt``
+    sites.
+    """
+
+    mode: Literal["local", "shared", "site", "none"]
     epsilon: _Above0
     delta: Annotated[float, msgspec.Meta(gt=0, lt=1)]
     clip_norm: _Above0
-    unit: Literal["patient"] = "patient"
+    unit: Literal["patient", "site"] = "patient"
+
+    @property
+    def shares_noise(self) -> bool:
+        """Whether what a site submits is private only in the sum of all."""
+        return self.mode in ("shared", "site")
+
+
+class Noise(_Table, frozen=True):
+    """Integer noise that the sites share, as ``dp.shared`` solves for it; see ``SharedNoisePlan``.
+
+    ``sampling_rate``: every patient's chance to be in a step, 1 for whole sites; ``max_dropouts``: of the roster, so
+    that all others must survive a round.
+    """
+
+    mechanism: Literal["skellam", "discrete gaussian"]
+    sampling_rate: Annotated[float, msgspec.Meta(gt=0, le=1)]
+    max_dropouts: Annotated[int, msgspec.Meta(ge=0, le=1000)]
+    coordinate_clip: _Above0
+    scale: Annotated[float, msgspec.Meta(gt=0, le=2.0**62)]
+    ring_bits: Annotated[int, msgspec.Meta(ge=8, le=63)]
+    local_deviation: Annotated[float, msgspec.Meta(gt=0, le=2.0**62)]
 
 
 class Deadlines(_Table, frozen=True):
@@ -174,6 +206,7 @@ class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
     deadlines: Deadlines
     coordinator: CoordinatorTable
     sites: Annotated[list[CardTable], msgspec.Meta(min_length=3, max_length=1000)]
+    noise: Noise | None = None
     signatures: list[Signature] = []
 
     @classmethod
@@ -207,7 +240,8 @@ class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
 
     def save(self, path: Path) -> None:
         """Write the manifest as TOML."""
-        write_atomic(path, tomli_w.dumps(msgspec.to_builtins(self)).encode())
+        tables = {name: table for name, table in msgspec.to_builtins(self).items() if table is not None}
+        write_atomic(path, tomli_w.dumps(tables).encode())
 
     @cached_property
     def canonical(self) -> bytes:
@@ -219,6 +253,45 @@ class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
     def digest(self) -> bytes:
         """SHA-256 of the canonical bytes: what a site pins."""
         return sha256(LABEL + self.canonical).digest()
+
+    @cached_property
+    def noise_plan(self) -> "SharedNoisePlan | None":
+        """The noise that the sites share, checked against what [privacy] promises; None where each has its own.
+
+        Raises ManifestError for a plan that does not keep the promise; takes seconds for the first time.
+        """
+        if self.noise is None:
+            return None
+        from dp.shared import SharedNoisePlan  # noqa: PLC0415
+
+        noise, sites = self.noise, len(self.sites)
+        of_one = self.training.batch_size / sites if self.privacy.mode == "shared" else 1.0
+        try:
+            return SharedNoisePlan(
+                mechanism=noise.mechanism,
+                unit=self.privacy.unit,
+                epsilon=self.privacy.epsilon,
+                delta=self.privacy.delta,
+                steps=self.training.rounds,
+                dimensions=sum(prod(tensor.shape) for tensor in self.model.tensors),
+                sites=sites,
+                dropouts=noise.max_dropouts,
+                colluders=max(1, self.policy.max_corrupt),
+                clip_norm=self.privacy.clip_norm,
+                coordinate_clip=noise.coordinate_clip,
+                sampling_rates=(noise.sampling_rate,) * sites,
+                expected_batches=(of_one,) * sites,
+                scale=noise.scale,
+                ring_bits=noise.ring_bits,
+                local_deviation=noise.local_deviation,
+            )
+        except UnsupportedEvent as error:
+            raise ManifestError(f"manifest of {self.consortium.name}, [noise]: {error}") from error
+
+    def thresholds(self, cohort_size: int) -> ThresholdOptions:
+        """See ``Policy.thresholds``; with shared noise no fewer may survive than it was planned for."""
+        plan = self.noise_plan
+        return self.policy.thresholds(cohort_size, at_least=0 if plan is None else plan.minimum_survivors)
 
     @cached_property
     def roster(self) -> Roster:
@@ -269,8 +342,9 @@ class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
         try:
             self.coordinator.card.check()
             roster = self.roster
+            self._check_privacy(where)
             for size in (self.policy.minimum_cohort, len(self.sites)):
-                self.policy.thresholds(size)
+                self.thresholds(size)
         except (ParameterError, AuthenticationFailed) as error:
             raise ManifestError(f"{where}: {error}") from error
         own = {self.coordinator.signing_key, self.coordinator.transport_key}
@@ -284,3 +358,18 @@ class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
             raise ManifestError(
                 f"{where}: minimum_cohort is {self.policy.minimum_cohort}, expected at most the {len(roster)} sites"
             )
+
+    def _check_privacy(self, where: str) -> None:
+        mode, unit, steps = self.privacy.mode, self.privacy.unit, self.training.local_steps
+        if self.privacy.shares_noise != (self.noise is not None):
+            found = "none" if self.noise is None else "one"
+            raise ManifestError(
+                f"{where}: found {found} as [noise] and mode {mode}, expected one for shared and site only"
+            )
+        if (unit == "site") != (mode == "site"):
+            raise ManifestError(
+                f"{where}: found mode {mode} with unit {unit}, expected the unit site for mode site only"
+            )
+        # Stops local steps that build on each other: noise that sites share covers only their sum at one model.
+        if mode == "shared" and steps != 1:
+            raise ManifestError(f"{where}: found mode shared with {steps} local steps, expected 1")

@@ -20,7 +20,7 @@ from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Final, Self
+from typing import TYPE_CHECKING, Any, Final, Self
 
 import numpy as np
 import numpy.typing as npt
@@ -53,7 +53,7 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from dp.gradients import Loss
-    from sites.trainer import LocalTrainer
+    from sites.trainer import Trainer, TrainingResult
 
 log = logging.getLogger("secureagg.site")
 
@@ -85,13 +85,20 @@ class Round:
 
         ``state``: the trained tensors, named and shaped like ``global_state``; ``examples``: how many were trained on,
         this update's weight, seen by nobody but this site.  ``epsilon``: what this run has spent so far, at the
-        manifest's delta; required where the manifest's privacy mode is "local".
+        manifest's delta; required where the manifest's privacy mode is "local".  With noise that sites share nothing
+        else is private than what ``submit_trained`` takes.
 
         Returns at once.  Raises ShapeMismatch or ValueOutOfRange, naming the tensor, for a state that the consortium's
         encoding cannot carry, and ParameterError for a missing or too large epsilon; nothing is sent then, the state is
         untouched and another one may be submitted.  A submission after the round's deadline is dropped with a warning.
         """
         privacy = self._session.site.manifest.privacy
+        # Stops an update without the noise that all sites rely on.
+        if privacy.shares_noise:
+            raise ParameterError(
+                f"round {self.number}: found a state, expected what `federation.trainer` makes, since the consortium's "
+                f"privacy mode is {privacy.mode}"
+            )
         if privacy.mode == "local" and (epsilon is None or not 0 <= epsilon <= privacy.epsilon):
             found = "none" if epsilon is None else f"{epsilon:.4g}"
             raise ParameterError(
@@ -113,6 +120,16 @@ class Round:
             raise ValueOutOfRange(f"{who}, {self._session.spec.locate(error.index)}: {error}") from error
         self._session.hand_over(self._task, encoded)
 
+    def submit_trained(self, result: "TrainingResult") -> None:
+        """Hand over what a trainer made of this round, in whatever mode; see ``submit``."""
+        if result.elements is None:
+            self.submit(result.state, examples=result.examples, epsilon=result.epsilon)
+        else:
+            encoded = encode_input(
+                self._task.parameters, {UPDATE: result.elements, **self._task.counts}, spread=self._session.spread
+            )
+            self._session.hand_over(self._task, encoded)
+
 
 class Federation:
     """A site's membership, open while its ``with`` block runs; made by ``join``."""
@@ -120,7 +137,7 @@ class Federation:
     def __init__(self, site: OpenSite, *, endpoint: Endpoint | None = None, evaluate: Evaluate | None = None) -> None:
         self._session = _Session(site, endpoint)
         self._evaluate = evaluate
-        self._trainers: list[LocalTrainer] = []
+        self._trainers: list[Trainer[Any]] = []
         self._final_state: State | None = None
 
     def __enter__(self) -> Self:
@@ -145,11 +162,11 @@ class Federation:
         targets: "Tensor",
         patients: Sequence[Hashable] | None = None,
         max_rows_per_patient: int = 1,
-    ) -> "LocalTrainer":
+    ) -> "Trainer[Any]":
         """A trainer of ``model`` on this site's rows by the manifest's recipe; use one over all rounds.
 
-        Where the manifest's privacy mode is "local" it trains by DP-SGD with the patient as the unit and keeps the
-        site's ledger: a round is booked before a patient is sampled, and refused (BudgetExhausted) when the
+        With differential privacy it trains by DP-SGD with the patient as the unit (or the site, in that mode) and keeps
+        the site's ledger: a round is booked before a patient is sampled, and refused (BudgetExhausted) when the
         consortium's budget, or what SITE.toml allows over the data's lifetime, has no room.  ``loss``: predictions and
         targets of some rows to the SUM of their losses; ``patients``: whose each row is, each another's by default;
         ``max_rows_per_patient``: how many of one patient's rows are used in a step.
@@ -161,14 +178,14 @@ class Federation:
         self.attach(made)
         return made
 
-    def attach(self, trainer: "LocalTrainer") -> None:
+    def attach(self, trainer: "Trainer[Any]") -> None:
         """Tell ``trainer`` which updates went out, and close it at the end."""
         self._trainers.append(trainer)
 
     def _note_sent(self) -> None:
         # A round that came to its end was sent; one that did not may have been, and its update stays in the outbox
         # until the run's next one takes its place.
-        finished = {(past.run, past.number) for past in self.history if past.result == "finished"}
+        finished = {(past.run, past.number): past.survivors for past in self.history if past.result == "finished"}
         for trainer in self._trainers:
             trainer.mark_sent(finished)
 
@@ -206,7 +223,8 @@ class Federation:
                         f"the coordinator ended the federation ({item.code}); see its own log for why"
                     )
                 return
-            item.counts.update(self._counts(item))
+            if TOTAL in item.parameters.lanes:
+                item.counts.update(self._counts(item))
             if item.purpose == "evaluate":
                 self._session.hand_over(item, encode_input(item.parameters, item.counts))
             else:
@@ -239,12 +257,14 @@ def join(config: str | Path, *, evaluate: Evaluate | None = None) -> Federation:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RoundResult:
-    """How a round ended for this site: "finished", "withdrawn", "unfinished" or an error's code."""
+    """How a round ended for this site: "finished", "withdrawn", "unfinished" or an error's code; ``survivors``: how
+    many sites are in a finished round's sum."""
 
     run: str
     number: int
     purpose: Purpose
     result: str
+    survivors: int | None = None
 
 
 class _Task:
@@ -460,7 +480,7 @@ class _Session:
             self._end_round(error.code)
             return
         if isinstance(participant.phase, ParticipantFinished):
-            self._end_round("finished")
+            self._end_round("finished", survivors=participant.phase.receipt.survivors)
         elif isinstance(participant.phase, Aborted):
             log.warning("%s", participant.phase.error)
             self._end_round(participant.phase.error.code)
@@ -476,12 +496,18 @@ class _Session:
         else:
             self._send_round(participant.submit(encoded))
 
-    def _end_round(self, result: str) -> None:
+    def _end_round(self, result: str, *, survivors: int | None = None) -> None:
         task, self._participant = self._task, None
         if task is not None:
             parameters = task.parameters
             self.history.append(
-                RoundResult(run=parameters.run, number=parameters.round_number, purpose=task.purpose, result=result)
+                RoundResult(
+                    run=parameters.run,
+                    number=parameters.round_number,
+                    purpose=task.purpose,
+                    result=result,
+                    survivors=survivors,
+                )
             )
         with self._changed:
             self._task = None

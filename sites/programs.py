@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 import msgspec
 
@@ -23,7 +23,7 @@ from sites.keys import load_keys
 from sites.manifest import Manifest
 from sites.model_state import model_digest
 from sites.participant_loop import Federation, RoundResult
-from sites.trainer import LocalTrainer, trainer_for
+from sites.trainer import Trainer, trainer_for
 from transport import DealerEndpoint, Endpoint, Limits, PeerId, listen
 
 log = logging.getLogger("secureagg.site")
@@ -94,7 +94,7 @@ def run_site(
 
 
 def _run_site(
-    site: OpenSite, trainer: LocalTrainer, *, report: Callable[[str], None], stop_answering: tuple[str, int] | None
+    site: OpenSite, trainer: Trainer[Any], *, report: Callable[[str], None], stop_answering: tuple[str, int] | None
 ) -> SiteSummary:
     endpoint: Endpoint | None = None
     if stop_answering is not None:
@@ -130,7 +130,7 @@ def _run_site(
                 "no differential privacy" if trainer.epsilon is None else f"epsilon {trainer.epsilon:.3f} spent so far"
             )
             report(f"round {training_round.number} of {training_round.total}: {seconds[-1]:.2f} s of training, {spent}")
-            training_round.submit(result.state, examples=result.examples, epsilon=result.epsilon)
+            training_round.submit_trained(result)
         return summarise()
 
 

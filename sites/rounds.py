@@ -3,7 +3,11 @@
 from collections.abc import Iterable
 from typing import Final
 
-from secureagg import Counts, FixedPoint, Lane, ParameterError, RoundParameters, SiteId
+import numpy as np
+import numpy.typing as npt
+
+from dp.shared import decode
+from secureagg import Aggregate, Counts, FixedPoint, Lane, ParameterError, RingElements, RoundParameters, SiteId
 from sites.control import Purpose
 from sites.manifest import Manifest
 from sites.model_state import ModelSpec
@@ -24,8 +28,8 @@ def round_parameters(
 ) -> RoundParameters:
     """The parameters of one round of ``purpose`` with ``cohort``; ParameterError if the manifest does not allow it.
 
-    A training round sums the weighted update and the evaluation counts of the incoming model; an evaluation round sums
-    the counts only.
+    A training round sums the weighted update and the evaluation counts of the incoming model, one with shared noise
+    only what is noised; an evaluation round sums the counts only.
     """
     members = [SiteId(site) for site in cohort]
     # Stops a coordinator that forms a smaller cohort than every site signed for.
@@ -44,7 +48,12 @@ def round_parameters(
         Lane(name=TOTAL, length=1, encoding=bound),
         Lane(name=HISTOGRAM, length=2 * manifest.evaluation.histogram_bins, encoding=bound),
     ]
-    if purpose == "train":
+    plan, weighted = manifest.noise_plan, False
+    if purpose == "train" and plan is not None:
+        # With shared noise a round is one step: the model is evaluated at the end.
+        lanes = [Lane(name=UPDATE, length=plan.dimensions, encoding=RingElements(ring_bits=plan.ring_bits))]
+    elif purpose == "train":
+        weighted = True
         encoding = FixedPoint(
             value_range=manifest.encoding.value_range,
             value_bits=manifest.encoding.value_bits,
@@ -59,6 +68,21 @@ def round_parameters(
         cohort=members,
         lanes=lanes,
         model_digest=model_digest,
-        max_weight=manifest.encoding.max_examples if purpose == "train" else None,
-        **manifest.policy.thresholds(len(members)),
+        max_weight=manifest.encoding.max_examples if weighted else None,
+        **manifest.thresholds(len(members)),
     )
+
+
+def mean_update(manifest: Manifest, aggregate: Aggregate) -> npt.NDArray[np.float64]:
+    """By what a training round's sum moves the model, before the server's optimizer.
+
+    With shared noise, patients' gradients are divided by the batch size that the manifest expects, never by what was in
+    a batch, and multiplied by the learning rate; whole sites' updates are divided by the survivors.
+    """
+    plan, training = manifest.noise_plan, manifest.training
+    if plan is None:
+        return aggregate.means[UPDATE]
+    total = decode(aggregate.totals[UPDATE], plan)
+    if plan.unit == "site":
+        return total / len(aggregate.survivors)
+    return -training.learning_rate * total / training.batch_size

@@ -1,12 +1,14 @@
 """A site's own training: from the global model to a private local one, within the site's budget."""
 
 import os
-from collections.abc import Container, Hashable, Sequence
+from abc import ABC, abstractmethod
+from collections.abc import Hashable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from hashlib import sha256
 from importlib.metadata import version
-from typing import TYPE_CHECKING, Final
+from math import prod
+from typing import TYPE_CHECKING, Any, Final, Generic, Required, TypedDict, TypeVar, Unpack
 
 import numpy as np
 import numpy.typing as npt
@@ -17,18 +19,21 @@ from torch import nn
 
 from dp.budget import BudgetGuard, PrivacyBudget
 from dp.errors import BudgetExhausted
-from dp.events import PoissonSampledGaussian
+from dp.events import Event, IntegerEvent, PoissonSampledGaussian
 from dp.gradients import Loss
 from dp.ledger import Ledger, Release
-from dp.training import Plan, train_plain, train_private
-from secureagg import RoundParameters
+from dp.shared import ADVERSARIES, ClippedSum, SharedNoisePlan, clipped_update, opened_variance
+from dp.shared import encode as encode_shared
+from dp.training import Plan, clipped_gradient_sum, train_plain, train_private
+from secureagg import RoundParameters, ShapeMismatch
 from secureagg.identity import Entropy, Identity
 from secureagg.labels import VERSION
-from sites.config import LocalPrivacy, OpenSite
+from sites.config import BoundedPrivacy, OpenSite
 from sites.datasets.heart import HOSPITALS, Hospital, load_hospitals
 from sites.errors import ConfigurationError, DatasetError
 from sites.manifest import Privacy, Training
-from sites.model_state import State
+from sites.model_state import ModelSpec, State
+from sites.rounds import model_spec
 
 if TYPE_CHECKING:
     from sites.participant_loop import Round
@@ -71,12 +76,14 @@ class Examples:
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class TrainingResult:
-    """The trained ``state``, its weight, and the epsilon that this run has spent so far, at the manifest's delta (None
-    without differential privacy)."""
+    """What a round made, to be submitted: the trained ``state``, or with shared noise ring ``elements`` (d,), its
+    weight, and the epsilon that this run has spent so far, at the manifest's delta (None without differential
+    privacy)."""
 
-    state: State = field(repr=False)
     examples: int
     epsilon: float | None
+    state: State = field(default_factory=dict, repr=False)
+    elements: npt.NDArray[np.uint64] | None = field(default=None, repr=False)
 
 
 def heart_model() -> nn.Module:
@@ -109,13 +116,31 @@ def fingerprint(data: Examples, identity: Identity) -> str:
     return sha256(identity.sign(DATASET_LABEL, sha256(form + b":" + b"".join(rows)).digest())).hexdigest()
 
 
-class LocalTrainer:
-    """One site's trainer over all rounds of a run.
+class TrainerOptions(TypedDict, total=False):
+    """The arguments of ``Trainer``."""
 
-    With a ``ledger`` it trains by DP-SGD: each round is reserved before a patient is sampled, and refused
-    (BudgetExhausted) when a budget has no room; the update is in the ledger before it is returned.  The noise is chosen
-    once per run, so that the planned rounds spend what the budgets and the ledger leave.  With
-    ``privacy.mode == "none"`` it trains without privacy.
+    name: Required[str]
+    model: Required[nn.Module]
+    data: Required[Examples]
+    privacy: Required[Privacy]
+    ledger: Ledger | None
+    budget: PrivacyBudget | None
+    loss: Loss
+    held_out: Examples | None
+    max_rows_per_patient: int
+    consortium: str | None
+    manifest_sha256: str | None
+    entropy: Entropy
+
+
+_Event = TypeVar("_Event", bound=Event)
+
+
+class Trainer(ABC, Generic[_Event]):
+    """One site's trainer over all rounds of a run, behind its budget.
+
+    With differential privacy each round is reserved in the ledger before a patient is sampled, and refused
+    (BudgetExhausted) when a budget has no room; what is released is in the ledger before it is returned.
     """
 
     def __init__(
@@ -124,7 +149,6 @@ class LocalTrainer:
         name: str,
         model: nn.Module,
         data: Examples,
-        training: Training,
         privacy: Privacy,
         ledger: Ledger | None = None,
         budget: PrivacyBudget | None = None,
@@ -139,33 +163,27 @@ class LocalTrainer:
         the same by default; ``loss``: predictions and targets of some rows to the SUM of their losses; ``held_out``:
         for ``evaluate``.
 
-        Raises ConfigurationError if the privacy mode is "local" and there is no ledger.
+        Raises ConfigurationError if there is a privacy mode and no ledger.
         """
         self._model = model
         self._loss, self._data, self._held_out = loss, data, held_out
         self._max_rows_per_patient = max_rows_per_patient
         self._entropy = entropy
-        self._planned_steps = training.rounds * training.local_steps
-        self._clip_norm = privacy.clip_norm
+        self._privacy = privacy
         self._consortium = consortium
         self._manifest_sha256 = manifest_sha256
         self._guard: BudgetGuard | None = None
         self.patients = len(set(data.owners))
         self.noise_multiplier: float | None = None
         self.delta = privacy.delta
-        self._plan = Plan(
-            steps=training.local_steps,
-            learning_rate=training.learning_rate,
-            sampling_rate=min(1.0, training.batch_size / self.patients),
-        )
-        if privacy.mode == "local":
+        if privacy.mode != "none":
             if ledger is None:
-                raise ConfigurationError(f"trainer of {name}: privacy mode local, but no ledger to book releases in")
+                raise ConfigurationError(
+                    f"trainer of {name}: privacy mode {privacy.mode}, but no ledger to book releases in"
+                )
             of_a_run = PrivacyBudget(privacy.epsilon, privacy.delta)
             self._guard = BudgetGuard(of_a_run if budget is None else budget, ledger, run_budget=of_a_run)
             self.delta = self._guard.budget.delta
-            with suppress(BudgetExhausted):  # a run that continues has its noise, another is refused when it trains
-                self._least_noise(self._guard)  # takes seconds once, which the first round must not wait for
 
     @property
     def epsilon(self) -> float | None:
@@ -188,7 +206,7 @@ class LocalTrainer:
         is sampled if this round does not fit the budget.
         """
         if self._guard is None:
-            return TrainingResult(state=self._trained(state, None), examples=self.patients, epsilon=None)
+            return self._result(self._update(state, None), epsilon=None)
         model_sha256 = sha256(_bytes_of(state)).hexdigest()
         ledger = self._guard.ledger
         committed = ledger.committed(run=run, round_number=round_number, model_sha256=model_sha256)
@@ -198,6 +216,8 @@ class LocalTrainer:
                 run=run,
                 round_number=round_number,
                 event=event,
+                unit=self._privacy.unit,
+                mode=self._privacy.mode,
                 consortium=self._consortium,
                 library_version=version("secureagg"),
                 model_sha256=model_sha256,
@@ -205,14 +225,13 @@ class LocalTrainer:
                 cohort=None if parameters is None else len(parameters.cohort),
                 threshold=None if parameters is None else parameters.threshold,
                 max_corrupt=None if parameters is None else parameters.max_corrupt,
-                clip_norm=self._clip_norm,
+                clip_norm=self._privacy.clip_norm,
                 random_generator=RANDOM_GENERATOR,
             )
-            reservation = self._guard.authorize(release)
-            committed = ledger.commit(reservation, _bytes_of(self._trained(state, event)))
+            reservation = self._guard.authorize(self._described(release))
+            committed = ledger.commit(reservation, self._update(state, event))
         # What is sent is read back from the outbox, so that it is what would be sent again.
-        sent = load_state(ledger.update(committed))
-        return TrainingResult(state=sent, examples=self.patients, epsilon=self._guard.spent_by(run))
+        return self._result(ledger.update(committed), epsilon=self._guard.spent_by(run))
 
     def train_round(self, training_round: "Round") -> TrainingResult:
         """Train from a round's global state; what to submit to it."""
@@ -223,40 +242,6 @@ class LocalTrainer:
             parameters=training_round.parameters,
         )
 
-    def close(self) -> None:
-        """Close the ledger."""
-        if self._guard is not None:
-            self._guard.ledger.close()
-
-    def mark_sent(self, rounds: Container[tuple[str, int]]) -> None:
-        """Note that the updates of these rounds, each a run and a number, went out; they leave the outbox."""
-        if self._guard is not None:
-            ledger = self._guard.ledger
-            for committed in ledger.unsent:
-                if (committed.release.run, committed.release.round_number) in rounds:
-                    ledger.mark_sent(committed)
-
-    def _trained(self, state: State, event: PoissonSampledGaussian | None) -> State:
-        """A copy of the model's state after one round, by DP-SGD if there is an event, which must be reserved."""
-        self._model.load_state_dict(state)
-        features, targets = self._data.features, self._data.targets
-        if event is None:
-            train_plain(self._model, self._loss, features, targets, plan=self._plan, entropy=self._entropy)
-        else:
-            train_private(
-                self._model,
-                self._loss,
-                features,
-                targets,
-                patients=self._data.owners,
-                plan=self._plan,
-                event=event,
-                clip_norm=self._clip_norm,
-                max_rows_per_patient=self._max_rows_per_patient,
-                entropy=self._entropy,
-            )
-        return {name: tensor.detach().clone() for name, tensor in self._model.state_dict().items()}
-
     def evaluate(self, state: State) -> tuple[npt.NDArray[np.floating], npt.NDArray[np.integer]]:
         """Scores in [0, 1] and 0/1 labels of the held-out patients; none without them."""
         if self._held_out is None:
@@ -264,8 +249,67 @@ class LocalTrainer:
         scores = predict(self._model, state, self._held_out.features)
         return scores, self._held_out.targets.numpy().astype(np.int64)
 
+    def close(self) -> None:
+        """Close the ledger."""
+        if self._guard is not None:
+            self._guard.ledger.close()
+
+    def mark_sent(self, rounds: Mapping[tuple[str, int], int | None]) -> None:
+        """Note that the updates of these rounds, each a run and a number, went out; they leave the outbox.
+
+        With each round: how many sites' updates are in its sum, if that is known.
+        """
+        if self._guard is not None:
+            ledger = self._guard.ledger
+            for committed in ledger.unsent:
+                key = (committed.release.run, committed.release.round_number)
+                if key in rounds:
+                    survivors = rounds[key]
+                    ledger.mark_sent(committed, {} if survivors is None else self._realised(survivors))
+
+    @abstractmethod
+    def _event(self, guard: BudgetGuard, *, run: str, round_number: int) -> _Event:
+        """What one round releases."""
+
+    @abstractmethod
+    def _update(self, state: State, event: _Event | None) -> bytes:
+        """What one round makes of ``state``, by the mechanism of ``event`` if there is one, which must be reserved."""
+
+    @abstractmethod
+    def _result(self, update: bytes, *, epsilon: float | None) -> TrainingResult:
+        """What ``_update`` gave, to be submitted."""
+
+    def _described(self, release: Release) -> Release:
+        """``release`` with what else the ledger should know of it."""
+        return release
+
+    def _realised(self, survivors: int) -> dict[str, object]:
+        """What a sum of so many sites turned out to be, for the ledger."""
+        return {"survivors": survivors}
+
+    def _state_of_model(self) -> State:
+        return {name: tensor.detach().clone() for name, tensor in self._model.state_dict().items()}
+
+
+class LocalTrainer(Trainer[PoissonSampledGaussian]):
+    """Trains by DP-SGD with noise of the site's own, chosen once per run, so that the planned rounds spend what the
+    budgets and the ledger leave; with ``privacy.mode == "none"`` without privacy."""
+
+    def __init__(self, *, training: Training, **options: Unpack[TrainerOptions]) -> None:
+        """See ``Trainer``."""
+        super().__init__(**options)
+        self._planned_steps = training.rounds * training.local_steps
+        self._plan = Plan(
+            steps=training.local_steps,
+            learning_rate=training.learning_rate,
+            sampling_rate=min(1.0, training.batch_size / self.patients),
+        )
+        if self._guard is not None:
+            with suppress(BudgetExhausted):  # a run that continues has its noise, another is refused when it trains
+                self._least_noise(self._guard)  # takes seconds once, which the first round must not wait for
+
     def _event(self, guard: BudgetGuard, *, run: str, round_number: int) -> PoissonSampledGaussian:
-        """One round's release.  A run that continues after a restart keeps the noise that it began with."""
+        # A run that continues after a restart keeps the noise that it began with.
         releases = guard.ledger.releases
         begun = next((release.event.noise_multiplier for release in releases if release.run == run), None)
         try:
@@ -281,6 +325,119 @@ class LocalTrainer:
     def _least_noise(self, guard: BudgetGuard) -> float:
         """The least noise with which all planned rounds of a new run fit what is left."""
         return guard.least_noise(sampling_rate=self._plan.sampling_rate, steps=self._planned_steps)
+
+    def _update(self, state: State, event: PoissonSampledGaussian | None) -> bytes:
+        self._model.load_state_dict(state)
+        features, targets = self._data.features, self._data.targets
+        if event is None:
+            train_plain(self._model, self._loss, features, targets, plan=self._plan, entropy=self._entropy)
+        else:
+            train_private(
+                self._model,
+                self._loss,
+                features,
+                targets,
+                patients=self._data.owners,
+                plan=self._plan,
+                event=event,
+                clip_norm=self._privacy.clip_norm,
+                max_rows_per_patient=self._max_rows_per_patient,
+                entropy=self._entropy,
+            )
+        return _bytes_of(self._model.state_dict())
+
+    def _result(self, update: bytes, *, epsilon: float | None) -> TrainingResult:
+        return TrainingResult(state=load_state(update), examples=self.patients, epsilon=epsilon)
+
+
+class SharedTrainer(Trainer[IntegerEvent]):
+    """Makes what is private in the sum of all sites only: per round one clipped gradient sum (``privacy.mode ==
+    "shared"``) or the whole site's clipped update ("site"), with this site's part of the noise, as ring elements."""
+
+    def __init__(
+        self, *, training: Training, noise: SharedNoisePlan, spec: ModelSpec, **options: Unpack[TrainerOptions]
+    ) -> None:
+        """``noise``: as all sites have signed it; ``spec``: the order in which the consortium sums the tensors; for the
+        rest see ``Trainer``."""
+        super().__init__(**options)
+        self._training, self._noise, self._spec = training, noise, spec
+        self._sampling_rate = max(noise.sampling_rates)
+        self.noise_multiplier = noise.noise_multiplier
+
+    def _event(self, guard: BudgetGuard, *, run: str, round_number: int) -> IntegerEvent:
+        del guard, run, round_number  # the plan was made for all of them
+        return self._noise.event(sampling_rate=self._sampling_rate, steps=1)
+
+    def _update(self, state: State, event: IntegerEvent | None) -> bytes:
+        del event  # is the plan's
+        self._model.load_state_dict(state)
+        clipped = self._gradient_sum() if self._noise.unit == "patient" else self._whole_update(state)
+        return encode_shared(clipped, self._noise, entropy=self._entropy).astype("<u8").tobytes()
+
+    def _gradient_sum(self) -> ClippedSum:
+        """The sum of one Poisson sample's gradients at the model, in the consortium's order."""
+        found = clipped_gradient_sum(
+            self._model,
+            self._loss,
+            self._data.features,
+            self._data.targets,
+            patients=self._data.owners,
+            sampling_rate=self._sampling_rate,
+            clip_norm=self._privacy.clip_norm,
+            max_rows_per_patient=self._max_rows_per_patient,
+            entropy=self._entropy,
+        )
+        trained = [(name, tensor.numel()) for name, tensor in self._model.named_parameters() if tensor.requires_grad]
+        ends = np.cumsum([size for _, size in trained])[:-1]
+        by_name = dict(zip([name for name, _ in trained], np.split(found, ends), strict=True))
+        # What is not trained has no gradient.
+        parts = [by_name.pop(name, np.zeros(prod(shape))) for name, shape in self._spec.tensors]
+        if by_name:
+            raise ShapeMismatch(f"model: tensor {min(by_name)} is trained but not part of the consortium's model")
+        return ClippedSum(np.concatenate(parts))
+
+    def _whole_update(self, state: State) -> ClippedSum:
+        """What training moves the model by, clipped."""
+        plan = Plan(
+            steps=self._training.local_steps,
+            learning_rate=self._training.learning_rate,
+            sampling_rate=min(1.0, self._training.batch_size / self.patients),
+        )
+        train_plain(self._model, self._loss, self._data.features, self._data.targets, plan=plan, entropy=self._entropy)
+        before, after = (
+            self._spec.flatten(one, who="trained model").astype(np.float64) for one in (state, self._state_of_model())
+        )
+        return clipped_update(after - before, self._noise)
+
+    def _result(self, update: bytes, *, epsilon: float | None) -> TrainingResult:
+        elements = np.frombuffer(update, "<u8")
+        return TrainingResult(elements=elements, examples=self.patients, epsilon=epsilon)
+
+    def _described(self, release: Release) -> Release:
+        noise = self._noise
+        return replace(
+            release,
+            neighbouring="add or remove one" if noise.unit == "patient" else "replace a site's update by zeros",
+            sites=noise.sites,
+            max_dropouts=noise.dropouts,
+            honest=noise.honest,
+            dimensions=noise.dimensions,
+            ring_bits=noise.ring_bits,
+            scale=noise.scale,
+            local_deviation=noise.local_deviation,
+        )
+
+    def _realised(self, survivors: int) -> dict[str, object]:
+        variance = {
+            adversary: opened_variance(
+                adversary,
+                survivors=survivors,
+                colluders=self._noise.colluders,
+                local_deviation=self._noise.local_deviation,
+            )
+            for adversary in ADVERSARIES
+        }
+        return {"survivors": survivors, "noise_variance": variance}
 
 
 def _bytes_of(state: State) -> bytes:
@@ -320,7 +477,7 @@ def ledger_of(site: OpenSite, data: Examples) -> Ledger:
     )
 
 
-def trainer_for(site: OpenSite) -> LocalTrainer:
+def trainer_for(site: OpenSite) -> Trainer[Any]:
     """The trainer that a site's configuration describes; ConfigurationError or DatasetError if it describes none."""
     hospital = hospital_of(site)
     held_out = Examples.of_hospital(hospital, held_out=True)
@@ -335,22 +492,24 @@ def trainer_of(
     loss: Loss = binary_loss,
     held_out: Examples | None = None,
     max_rows_per_patient: int = 1,
-) -> LocalTrainer:
-    """A trainer of ``model`` on a site's own ``data``, behind the site's budget where the manifest's mode is "local";
-    see ``LocalTrainer``."""
-    privacy, own = site.manifest.privacy, site.config.privacy
-    return LocalTrainer(
-        name=site.name,
-        model=model,
-        data=data,
-        loss=loss,
-        held_out=held_out,
-        max_rows_per_patient=max_rows_per_patient,
-        training=site.manifest.training,
-        privacy=privacy,
-        ledger=ledger_of(site, data) if privacy.mode == "local" else None,
+) -> Trainer[Any]:
+    """A trainer of ``model`` on a site's own ``data`` in the manifest's privacy mode, behind the site's budget; see
+    ``Trainer``."""
+    privacy, own, noise = site.manifest.privacy, site.config.privacy, site.manifest.noise_plan
+    options: TrainerOptions = {
+        "name": site.name,
+        "model": model,
+        "data": data,
+        "loss": loss,
+        "held_out": held_out,
+        "max_rows_per_patient": max_rows_per_patient,
+        "privacy": privacy,
+        "ledger": None if privacy.mode == "none" else ledger_of(site, data),
         # What the data may ever cost is the site's own decision; the manifest says what a run may.
-        budget=PrivacyBudget(own.epsilon, own.delta) if isinstance(own, LocalPrivacy) else None,
-        consortium=site.manifest.consortium.name,
-        manifest_sha256=site.manifest.digest.hex(),
-    )
+        "budget": PrivacyBudget(own.epsilon, own.delta) if isinstance(own, BoundedPrivacy) else None,
+        "consortium": site.manifest.consortium.name,
+        "manifest_sha256": site.manifest.digest.hex(),
+    }
+    if noise is None:
+        return LocalTrainer(training=site.manifest.training, **options)
+    return SharedTrainer(training=site.manifest.training, noise=noise, spec=model_spec(site.manifest), **options)

@@ -19,7 +19,7 @@ from dp.audit import CONFIDENCE, epsilon_lower_bound
 from dp.chain import Entry, Problem, Row, Tampering, verify
 from dp.claims import TOLERANCE, Found, recompute
 from dp.errors import UnsupportedEvent
-from dp.events import PoissonSampledGaussian
+from dp.events import Event
 from dp.ledger import RESERVED, Release, release_of
 from secureagg import ParameterError
 from secureagg.identity import site_id
@@ -55,7 +55,7 @@ class Decision:
     time: str
     run: str
     round_number: int | None
-    event: PoissonSampledGaussian | None
+    event: Event | None
     epsilon: float | None
     cumulative: float
     delta: float | None

@@ -197,7 +197,7 @@ import sys
 
 class Absent:
     def find_spec(self, name, path=None, target=None):
-        if name.split(".")[0] in {"opacus", "randomgen", "safetensors", "sklearn", "torch"}:
+        if name.split(".")[0] in {"opacus", "safetensors", "sklearn", "torch"}:
             raise ModuleNotFoundError(f"No module named {name!r}", name=name)
 
 sys.meta_path.insert(0, Absent())

@@ -140,7 +140,7 @@ def test_wrong_shapes_and_lanes(values: dict[str, np.ndarray], error: type[Excep
 def test_counts_outside_their_bound(value: int, side: str) -> None:
     """A count outside 0..maximum is refused with lane and index."""
     made = build((Lane(name="hits", length=3, encoding=Counts(maximum=100)),), None)
-    with pytest.raises(ValueOutOfRange, match=f"lane hits, index 1: found a count {side}"):
+    with pytest.raises(ValueOutOfRange, match=f"lane hits, index 1: found an integer {side}"):
         encode_input(made, {"hits": np.array([0, value, 100])})
 
 
