@@ -1,7 +1,7 @@
 """Small pictures for reports, as SVG text: no plotting library, no network, readable in any browser."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
 from typing import Final
@@ -20,6 +20,9 @@ _RIGHT_NARROW: Final = 12
 _TOP_NARROW: Final = 24
 _BAR: Final = 6.0  # pixels from which on a bar stands by itself
 # Dark enough on white to be told apart by whoever sees no red; line styles and shapes say it too.
+_COLOURS: Final = ("#7a5195", "#b3261e", "#1f5fa8", "#0b7a75", "#c77700", "#444444", "#888888")
+_DASHES: Final = ("2 3", "none", "none", "8 3", "10 3 2 3", "none", "2 3")
+_LEGEND: Final = 210
 _SPENT: Final = "#1f5fa8"
 _LIMIT: Final = "#b3261e"
 _REFUSED_ABOVE: Final = 1.6  # of all else: how far up a refused release is drawn where it is, not at the top
@@ -151,6 +154,74 @@ def accountants_plot(epsilons: Sequence[tuple[str, float]], *, budget: float | N
     return _svg(_NARROW, height, title, parts)
 
 
+def comparison_plot(
+    series: Mapping[str, Sequence[tuple[int, float, float]]],
+    *,
+    levels: Mapping[str, float],
+    places: Sequence[str],
+    across: str,
+    up: str,
+    title: str,
+) -> str:
+    """SVG of several ``series`` of (place, mean, standard error), each a line with error bars, over named ``places``;
+    ``levels`` are dashed lines across.
+
+    All values are finite; there is at least one place and one series.
+    """
+    ends = [mean + sign * error for points in series.values() for _, mean, error in points for sign in (-1, 1)]
+    lowest, highest = min([*ends, *levels.values()]), max([*ends, *levels.values()])
+    step = _step(highest - lowest or 1.0)
+    lowest, highest = step * math.floor(lowest / step), step * math.ceil(highest / step)
+    right, bottom = _WIDTH - _LEGEND, _HEIGHT - _BOTTOM
+
+    def x(place: float) -> float:
+        return _LEFT + (right - _LEFT) * (place + 0.5) / len(places)
+
+    def y(value: float) -> float:
+        return bottom - (bottom - _TOP) * (value - lowest) / (highest - lowest)
+
+    parts = [
+        f'<rect width="{_WIDTH}" height="{_HEIGHT}" fill="white"/>',
+        f'<text x="{_LEFT}" y="24" font-size="14">{escape(title)}</text>',
+    ]
+    for number in range(round((highest - lowest) / step) + 1):
+        value = lowest + number * step
+        parts += [
+            _line(_LEFT, y(value), right, y(value), "#dddddd"),
+            f'<text x="{_LEFT - 8}" y="{y(value) + 4:.1f}" text-anchor="end">{value:.4g}</text>',
+        ]
+    parts += [
+        f'<text x="{x(place):.1f}" y="{bottom + 18}" text-anchor="middle">{escape(name)}</text>'
+        for place, name in enumerate(places)
+    ]
+    middle = (_TOP + bottom) / 2
+    parts += [
+        f'<text x="{(_LEFT + right) / 2}" y="{_HEIGHT - 12}" text-anchor="middle">{escape(across)}</text>',
+        f'<text x="16" y="{middle}" text-anchor="middle" transform="rotate(-90 16 {middle})">{escape(up)}</text>',
+    ]
+    lines = [*series, *levels]
+    for number, name in enumerate(lines):
+        colour, dashes = _COLOURS[number % len(_COLOURS)], "6 4" if name in levels else _DASHES[number % len(_DASHES)]
+        style = f'stroke-width="2" stroke-dasharray="{dashes}"'
+        top = _TOP + 18 * number
+        parts += [
+            _line(right + 12, top, right + 36, top, colour, style),
+            f'<text x="{right + 42}" y="{top + 4}">{escape(name)}</text>',
+        ]
+        if name in levels:
+            parts.append(_line(_LEFT, y(levels[name]), right, y(levels[name]), colour, style))
+            continue
+        # Beside each other, so that error bars can be told apart.
+        shift = 0.05 * (number - (len(series) - 1) / 2)
+        points = [(x(place + shift), mean, error) for place, mean, error in series[name]]
+        corners = " ".join(f"{at:.1f},{y(mean):.1f}" for at, mean, _ in points)
+        parts.append(f'<polyline points="{corners}" fill="none" stroke="{colour}" {style}/>')
+        for at, mean, error in points:
+            parts.append(_line(at, y(mean - error), at, y(mean + error), colour, 'stroke-width="1.5"'))
+            parts.append(f'<circle cx="{at:.1f}" cy="{y(mean):.1f}" r="3" fill="{colour}"/>')
+    return _svg(_WIDTH, _HEIGHT, title, parts)
+
+
 class _Chart:
     """Axes for ``count`` releases, each a band of its own, and epsilon from 0 to ``highest``."""
 
@@ -254,6 +325,11 @@ def _line(x1: float, y1: float, x2: float, y2: float, colour: str, extra: str = 
 
 def _ticks(highest: float) -> list[float]:
     """Round numbers from 0 to at most ``highest``, some five of them."""
-    power = 10.0 ** math.floor(math.log10(highest / 5))
-    step = next(factor * power for factor in (1, 2, 5, 10) if factor * power >= highest / 6)
+    step = _step(highest)
     return [number * step for number in range(int(highest / step) + 1)]
+
+
+def _step(length: float) -> float:
+    """A round number of which some five make up ``length``."""
+    power = 10.0 ** math.floor(math.log10(length / 5))
+    return next(factor * power for factor in (1, 2, 5, 10) if factor * power >= length / 6)

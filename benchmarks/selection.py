@@ -1,0 +1,162 @@
+"""Choosing hyper-parameters of the heart model on validation patients, many runs at once.
+
+Logistic regression has a closed gradient, so that runs over several splits and draws of the noise are one product of
+matrices.  Noise is a float64 normal of the variance that the real mechanism has, and numpy's generator is seeded: this
+code is for choosing only.  What is published is trained by the real parts (``benchmarks.federations``), to which a test
+compares it.
+"""
+
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+import numpy.typing as npt
+from scipy.special import expit
+from scipy.stats import rankdata
+
+from benchmarks.federations import Configuration, Task, gaussian, plan_of, site_rate
+
+Floats = npt.NDArray[np.float64]
+Column = Literal["local only", "local", "shared", "unshared", "site"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Splits:
+    """Training rows of all sites after one another, with a column of ones (rows, d); ``labels`` (rows,); ``site``
+    (rows,), the number of each row's site; ``training`` (runs, rows): whether a run trains on a row, or is judged on
+    it."""
+
+    features: Floats
+    labels: Floats
+    site: npt.NDArray[np.int64]
+    training: npt.NDArray[np.bool_]
+
+    @classmethod
+    def of(cls, task: Task, *, splits: int, draws: int, share: float = 0.25, seed: int = 2026) -> "Splits":
+        """``splits`` random choices of ``share`` of each site's rows for validation, each with ``draws`` runs."""
+        pooled = task.pooled
+        features = pooled.features.numpy().astype(np.float64)
+        site = np.repeat(np.arange(len(task.sites)), [len(one.targets) for one in task.sites.values()])
+        generator = np.random.default_rng(seed)
+        training = np.ones((splits, len(site)), bool)
+        for row in training:
+            for number in range(len(task.sites)):
+                mine = np.flatnonzero(site == number)
+                row[generator.choice(mine, round(share * len(mine)), replace=False)] = False
+        return cls(
+            features=np.hstack([features, np.ones((len(site), 1))]),
+            labels=pooled.targets.numpy().astype(np.float64),
+            site=site,
+            training=np.repeat(training, draws, axis=0),
+        )
+
+
+def gradient_sums(
+    weights: Floats, data: Splits, present: npt.NDArray[np.bool_], *, clip_norm: float | None
+) -> Floats:
+    """The sums (runs, d) of the gradients of the ``present`` rows (runs, rows), each clipped, at ``weights``."""
+    slopes = expit(weights @ data.features.T) - data.labels
+    if clip_norm is not None:
+        norms = np.abs(slopes) * np.linalg.norm(data.features, axis=1)
+        slopes *= np.minimum(1.0, clip_norm / np.maximum(norms, 1e-30))
+    sums: Floats = (slopes * present) @ data.features
+    return sums
+
+
+def descend(
+    data: Splits,
+    rows: npt.NDArray[np.bool_],
+    chosen: Configuration,
+    *,
+    start: Floats,
+    steps: int,
+    rate: float,
+    batch: float,
+    deviation: float | None,
+    coins: np.random.Generator,
+) -> Floats:
+    """``steps`` from ``start`` (runs, d) on ``rows`` (runs, rows): the sum of a sample, clipped and with noise of this
+    ``deviation``, neither for None, over ``batch``."""
+    weights = start.copy()
+    clip_norm = None if deviation is None else chosen.clip_norm
+    for _ in range(steps):
+        present = rows if rate == 1 else rows & (coins.random(rows.shape) < rate)
+        moved = gradient_sums(weights, data, present, clip_norm=clip_norm)
+        if deviation is not None:
+            moved += deviation * coins.standard_normal(moved.shape)
+        weights -= chosen.learning_rate / batch * moved
+    return weights
+
+
+def train(column: Column, task: Task, data: Splits, chosen: Configuration, epsilon: float | None, seed: int) -> Floats:
+    """The weights (sites, runs, d) of each site's model after the column's training; all the same but for "local
+    only"."""
+    coins = np.random.default_rng(seed)
+    sites, runs = len(task.sites), len(data.training)
+    start = np.zeros((runs, data.features.shape[1]))
+    mine = [data.training & (data.site == number) for number in range(sites)]
+    counts = [int(rows[0].sum()) for rows in mine]
+    total = sum(counts)
+    if column in ("shared", "unshared"):
+        deviation = None
+        if epsilon is not None:
+            dropouts = 1 if column == "shared" else sites - 2
+            plan = plan_of(task, chosen, epsilon=epsilon, dropouts=dropouts)
+            deviation = plan.error_of_sum
+        batch = max(1, round(chosen.share * total))
+        end = descend(
+            data,
+            data.training,
+            chosen,
+            start=start,
+            steps=chosen.steps,
+            rate=chosen.share,
+            batch=batch,
+            deviation=deviation,
+            coins=coins,
+        )
+        return np.broadcast_to(end, (sites, *end.shape))
+
+    def step(number: int, at: Floats, steps: int, noisy: bool) -> Floats:
+        rate = site_rate(counts[number], chosen, sites=sites, total=total)
+        deviation = None
+        if noisy and epsilon is not None:
+            deviation = chosen.clip_norm * gaussian(
+                epsilon=epsilon, delta=task.delta, sampling_rate=rate, steps=chosen.steps
+            )
+        return descend(
+            data,
+            mine[number],
+            chosen,
+            start=at,
+            steps=steps,
+            rate=rate,
+            batch=rate * counts[number],
+            deviation=deviation,
+            coins=coins,
+        )
+
+    if column == "local only":
+        return np.stack([step(number, start, chosen.steps, True) for number in range(sites)])
+    rounds = max(1, chosen.steps // task.local_steps)
+    if column == "local":
+        for _ in range(rounds):
+            ends = [step(number, start, task.local_steps, True) for number in range(sites)]
+            start = sum(count / total * end for count, end in zip(counts, ends, strict=True))
+        return np.broadcast_to(start, (sites, *start.shape))
+    raise ValueError(column)
+
+
+def judged(data: Splits, weights: Floats) -> tuple[float, float]:
+    """AUC and balanced accuracy on each run's validation rows of all sites, each row scored by its site's model; means
+    over runs."""
+    scores = np.einsum("nrd,nd->rn", weights[data.site], data.features)
+    areas, balanced = [], []
+    for score, training in zip(scores, data.training, strict=True):
+        positive = data.labels[~training] == 1
+        ranks, score = rankdata(score[~training]), score[~training]
+        pairs = ranks[positive].sum() - positive.sum() * (positive.sum() + 1) / 2
+        areas.append(pairs / (positive.sum() * (~positive).sum()))
+        right = (score >= 0) == positive
+        balanced.append((right[positive].mean() + right[~positive].mean()) / 2)
+    return float(np.mean(areas)), float(np.mean(balanced))
