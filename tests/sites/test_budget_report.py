@@ -3,6 +3,7 @@
 import json
 import math
 import re
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -118,15 +119,21 @@ def spend(ledger: Ledger, *releases: Release, budget: PrivacyBudget = BUDGET, se
                 ledger.mark_sent(committed)
 
 
-@pytest.fixture
-def path(tmp_path: Path) -> Path:
-    """The file of a ledger with three releases of two runs, and one that was refused."""
-    file = tmp_path / "ledger.sqlite"
+@pytest.fixture(scope="module")
+def original(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What ``path`` is a copy of, since refusing takes a while."""
+    file = tmp_path_factory.mktemp("original") / "ledger.sqlite"
     with open_ledger(file) as ledger:
         spend(ledger, full_release(1), full_release(2))
         spend(ledger, full_release(3, run="another", event=event_of(0.1, 2.0, 5)))
         spend(ledger, full_release(4, event=event_of(1.0, 0.5, 5)))
     return file
+
+
+@pytest.fixture
+def path(tmp_path: Path, original: Path) -> Path:
+    """The file of a ledger with three releases of two runs, and one that was refused."""
+    return shutil.copy(original, tmp_path / "ledger.sqlite")
 
 
 def facts(file: Path, **options: Any) -> Facts:
@@ -212,7 +219,7 @@ def test_the_refused_are_shown_with_their_reason(path: Path) -> None:
     assert page.count('<path d="M') == 2  # a cross each
 
 
-@settings(max_examples=12, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=8, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     events=st.lists(
         st.builds(
