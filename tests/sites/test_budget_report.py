@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree as ET
 
+import msgspec
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -264,6 +265,7 @@ def test_nothing_is_taken_from_the_rows(tmp_path: Path) -> None:
     assert found.spent == pytest.approx(rdp_epsilon([full_release(1).event], 1e-3))
     assert page.count("0.0123") == len(found.wrong) > 0
     assert found.verdict is Verdict.WRONG
+    assert Status.HOLDS not in of_status(found).values()
 
 
 def test_a_long_ledger_is_shown_in_part(tmp_path: Path) -> None:
@@ -417,6 +419,7 @@ def test_a_tampered_ledger_is_named_at_the_top(path: Path, report: Report, state
     assert 'class="verdict bad"' in page
     assert "Does not hold" in section(page, 10)
     assert of_status(facts(path))["A record that was altered"] is Status.PROBLEM
+    assert Status.HOLDS not in of_status(facts(path)).values()
 
 
 def test_claims_that_do_not_hold(tmp_path: Path, report: Report) -> None:
@@ -525,6 +528,15 @@ def test_roster_and_head(tmp_path: Path, report: Report) -> None:
         assert status == 1
         assert named in text_of(page)
         assert "It is not a key that the manifest of Test lists" in section(page, 10)
+
+
+def test_a_manifest_that_not_all_have_signed(tmp_path: Path, path: Path, report: Report) -> None:
+    """It lists whatever somebody wrote into it, so it confirms no key: there is no page."""
+    manifest = make_consortium(tmp_path).manifest
+    msgspec.structs.replace(manifest, signatures=manifest.signatures[1:]).save(tmp_path / "unsigned.toml")
+    status, page, error = report(path, "--roster", str(tmp_path / "unsigned.toml"))
+    assert (status, page) == (1, "")
+    assert "not signed by a" in error
 
 
 @pytest.mark.parametrize("what", ["nothing", "not a ledger", "manifest", "format"])
