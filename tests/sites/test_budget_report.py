@@ -24,7 +24,7 @@ from support.consortium import make_consortium
 from support.ledgers import DATASET, OTHER, SITE, open_ledger, release, with_sqlite
 
 import dp.claims
-import sites.reports.facts
+import sites.reports.reading
 from dp.accountants import AccountantTotal, rdp_epsilon, totals
 from dp.audit import epsilon_lower_bound
 from dp.budget import BudgetGuard, PrivacyBudget
@@ -36,8 +36,9 @@ from secureagg.identity import Identity
 from sites import cli
 from sites.recipe import TRAINING
 from sites.reports.checklist import Status, checklist
-from sites.reports.facts import Facts, Verdict, facts_of
+from sites.reports.facts import Facts, Verdict
 from sites.reports.page import SHOWN, as_json, posterior, render, right_guess
+from sites.reports.reading import facts_of
 
 BUDGET = PrivacyBudget(1.0, 1e-3)
 NOW = datetime(2026, 5, 4, 3, 2, tzinfo=UTC)
@@ -66,7 +67,7 @@ def _totals(events: tuple[PoissonSampledGaussian, ...], delta: float) -> tuple[A
 @pytest.fixture(autouse=True)
 def remembered(monkeypatch: pytest.MonkeyPatch) -> None:
     """The three accountants take a third of a second each time; most ledgers here are the same."""
-    for module in (dp.claims, sites.reports.facts):
+    for module in (dp.claims, sites.reports.reading):
         monkeypatch.setattr(module, "totals", lambda events, delta: _totals(tuple(events), delta))
 
 
