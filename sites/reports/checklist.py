@@ -50,7 +50,18 @@ def _judged(facts: Facts) -> list[tuple[str, _Judged]]:
     for hazard, of_releases in _OF_RELEASES.items():
         nothing = (Status.NOTHING, "No release is recorded that could be judged.")
         found.append((hazard, of_releases(facts) if facts.releases else nothing))
+    if facts.problems or facts.wrong:
+        return [(hazard, _doubted(*judged)) for hazard, judged in found]
     return found
+
+
+def _doubted(status: Status, text: str) -> _Judged:
+    """What a record that does not hold would hold."""
+    return (
+        (Status.JUDGE, f"As found, in a record that does not hold: {text}")
+        if status is Status.HOLDS
+        else (status, text)
+    )
 
 
 # --- what can be said of any ledger ---

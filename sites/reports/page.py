@@ -126,7 +126,7 @@ def _adversaries(facts: Facts) -> list[Adversary]:
 
 def _secure_sum(cohort: Cohort) -> str:
     if cohort.sites is None or cohort.threshold is None or cohort.max_corrupt is None:
-        return "The rows do not say how many sites were summed, or how many of them were allowed for as corrupt."
+        return "the rows do not say how many sites were summed, or how many of them were allowed for as corrupt."
     return (
         f"{cohort.sites} sites, of which at least {cohort.threshold} had to take part to the end. No update was to be "
         f"seen alone as long as at most {cohort.max_corrupt} of the {cohort.sites} sites collude with the coordinator."
