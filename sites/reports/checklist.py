@@ -241,6 +241,12 @@ def _neighbouring(facts: Facts) -> _Judged:
 def _trust(facts: Facts) -> _Judged:
     unknown = sum(each.releases for each in facts.cohorts if each.max_corrupt is None or each.sites is None)
     text = "The noise is the site's own and complete, so that epsilon needs no trust in coordinator or other sites."
+    if facts.shared:
+        return Status.JUDGE, (
+            f"In {count(facts.shared, 'release')} the noise is shared: epsilon holds while no more sites than section "
+            "2 says work for the coordinator, and rests on the secure sum. Whether they can be trusted that far is for "
+            "people to say."
+        )
     if unknown:
         return Status.JUDGE, f"{text} What the secure sum adds is not recorded in {unknown} releases."
     return Status.HOLDS, f"{text} The secure sum's thresholds are recorded in all releases."

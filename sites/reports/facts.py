@@ -8,6 +8,7 @@ from typing import Literal
 from dp.accountants import AccountantTotal
 from dp.claims import TOLERANCE
 from dp.events import Event
+from dp.shared import Adversary
 
 Update = Literal["sent", "made", "none"]
 
@@ -111,7 +112,8 @@ class Facts:
 
     ``spent`` at ``delta`` of ``budget``, those of the last decision (None: there was none).  ``releases``: what is
     reserved.  ``patients``: that the site trains on, where the manifest tells; ``*_recorded``: each value that a
-    release names (None: one names none), with how many do.
+    release names (None: one names none), with how many do.  ``against``: epsilon of all releases for each adversary,
+    by the sites that are known to be in each sum; ``shared``: releases whose noise sites share.
     """
 
     made: str
@@ -145,6 +147,8 @@ class Facts:
     generators_recorded: dict[str | None, int]
     libraries_recorded: dict[str | None, int]
     mechanisms_recorded: dict[str | None, int]
+    against: dict[Adversary, float]
+    shared: int
 
     @property
     def releases(self) -> tuple[Decision, ...]:

@@ -18,7 +18,9 @@ from dp.audit import CONFIDENCE, epsilon_lower_bound
 from dp.chain import Entry, Problem, Row, Tampering, verify
 from dp.claims import Found, recompute
 from dp.errors import UnsupportedEvent
+from dp.events import Event, PoissonSampledGaussian
 from dp.ledger import RESERVED, Release, release_of
+from dp.shared import ADVERSARIES, Adversary, seen_by
 from secureagg import ParameterError
 from secureagg.identity import site_id
 from sites.manifest import Manifest
@@ -100,6 +102,8 @@ def facts_of(
         generators_recorded=_recorded(each.random_generator for each in reading.releases.values()),
         libraries_recorded=_recorded(each.library_version for each in reading.releases.values()),
         mechanisms_recorded=_recorded(type(each.event).__name__ for each in reading.releases.values()),
+        against={who: 0.0 if delta is None else rdp_epsilon(reading.seen_by(who), delta) for who in ADVERSARIES},
+        shared=sum(each.honest is not None for each in reading.releases.values()),
     )
 
 
@@ -114,6 +118,7 @@ class _Reading:
         self.notes: list[tuple[int, str, str]] = []
         self.wrong: list[str] = []
         self._updates: dict[int, Update] = {}
+        self._survivors: dict[int, int] = {}
         self._released: dict[tuple[object, ...], int] = {}
         self._unit = unit
         remaining = list(found)
@@ -124,6 +129,7 @@ class _Reading:
                     self._decide(entry, remaining.pop(0))
                 case "commit" | "sent" as kind:
                     self._follow(kind, number, entry.get("reservation"))
+                    self._realise(entry.get("reservation"), entry.get("realised"))
                 case "audit" if isinstance(content, Mapping):
                     self._audit(entry, content)
                 case "note" if isinstance(content, Mapping) and "refused" in content:
@@ -131,6 +137,27 @@ class _Reading:
                 case "note" | "audit":
                     self.notes.append((number, _text(entry, "time"), _shown(content)))
         self.decisions = [replace(each, update=self._updates.get(each.row, "none")) for each in self.decisions]
+
+    def seen_by(self, adversary: Adversary) -> list[Event]:
+        """What all releases together are to ``adversary``; of noise that sites share, with the parts that were in the
+        sum, or where that is not known, in the smallest that was allowed."""
+        events: list[Event] = []
+        for number, release in self.releases.items():
+            event, honest, sites, missing = release.event, release.honest, release.sites, release.max_dropouts
+            if isinstance(event, PoissonSampledGaussian) or honest is None or sites is None or missing is None:
+                events.append(event)
+                continue
+            fewest = sites - missing
+            survivors = max(fewest, self._survivors.get(number, fewest))
+            colluders = fewest - honest
+            events.append(seen_by(event, adversary, survivors=survivors, colluders=colluders, honest=honest))
+        return events
+
+    def _realise(self, reservation: object, realised: object) -> None:
+        if isinstance(realised, Mapping) and isinstance(reservation, int):
+            survivors = _whole(realised.get("survivors"))
+            if survivors is not None:
+                self._survivors[reservation] = survivors
 
     def _decide(self, entry: Entry, found: Found) -> None:
         release, number = release_of(entry), entry["sequence"]
