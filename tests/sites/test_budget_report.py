@@ -398,7 +398,10 @@ def test_it_works_without_torch(tmp_path: Path) -> None:
     [
         ("UPDATE rows SET body = replace(body, '\"steps\":2', '\"steps\":1') WHERE sequence = 5", "row 5 (edited)"),
         ("DELETE FROM rows WHERE sequence = 6", "row 6 (removed)"),
-        ("UPDATE rows SET signature = '00' || substr(signature, 3) WHERE sequence = 7", "row 7 (signature)"),
+        (
+            "UPDATE rows SET signature = iif(signature LIKE '0%', 'f', '0') || substr(signature, 2) WHERE sequence = 7",
+            "row 7 (signature)",
+        ),
         ("UPDATE rows SET body = 'nothing' WHERE sequence = 2", "row 2 (edited)"),
         ("UPDATE rows SET body = '[]' WHERE sequence = 1", "row 1 (edited)"),
         ("DELETE FROM rows", "row 1 (empty)"),
