@@ -216,7 +216,8 @@ def test_events_for_the_ledger() -> None:
         ({"delta": 1.0}, "delta 1.0"),
         ({"mechanism": "laplace"}, "mechanism 'laplace', expected skellam or discrete gaussian"),
         ({"unit": "row"}, "unit 'row', expected patient or record or site"),
-        ({"most_inflation": 0.0}, "largest inflation 0.0"),
+        ({"most_inflation": 0.0}, "largest inflation 0.0, expected 0.001 to 10"),
+        ({"most_inflation": math.inf}, "largest inflation inf"),
         ({"unit": "site"}, "a sampling rate or batch of a whole site other than 1"),
         ({"ring_bits_max": 7}, "no ring of 8 to 7 bits"),
         ({"coordinate_clip": 1e30}, r"s n X \+ t \+ n < 2\^63"),
@@ -235,6 +236,17 @@ def test_noise_too_narrow_for_integers() -> None:
     assert plan.local_deviation >= 3
     with pytest.raises(UnsupportedEvent, match=r"each site's noise has a deviation of .*, expected 3 or more"):
         plan_shared_noise(**task, most_inflation=0.3, ring_bits_max=plan.ring_bits - 1)
+
+
+def test_a_ring_that_only_the_noise_makes_too_coarse() -> None:
+    """Where rounding costs less than 1 % but Skellam's own last term does not, a wider ring is taken too."""
+    task = TASK | {"dimensions": 1, "sites": 3, "dropouts": 0, "epsilon": 200.0, "sampling_rate": 1.0, "steps": 1}
+    task |= {"expected_batch": 4.0}
+    plan = plan_shared_noise(**task)
+    finest = plan_shared_noise(**task, most_inflation=1e-3).noise_multiplier
+    assert plan.noise_multiplier < 1.01 * finest
+    with pytest.raises(UnsupportedEvent, match=r"scale s of at most 128, at which the noise has a deviation of"):
+        plan_shared_noise(**task, ring_bits_max=plan.ring_bits - 1)
 
 
 def test_no_noise_is_enough() -> None:
