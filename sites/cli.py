@@ -122,7 +122,9 @@ def create(
     server_optimizer: Annotated[str | None, typer.Option(help="average, momentum or adam.")] = None,
     server_learning_rate: Annotated[float | None, typer.Option(help="Of the server optimizer.")] = None,
     mode: Annotated[str, typer.Option(help="Differential privacy: local, shared, site or none.")] = "local",
-    sampling_rate: Annotated[float, typer.Option(help="Modes shared: each patient's chance to be in a round.")] = 0.25,
+    sampling_rate: Annotated[
+        float | None, typer.Option(help="Mode shared: each patient's chance to be in a round.")
+    ] = None,
     max_dropouts: Annotated[
         int | None, typer.Option(help="Modes shared and site: most sites that may be missing from a round.")
     ] = None,
@@ -178,7 +180,9 @@ def create(
             dropout_percent=dropout_percent,
         ),
     }
-    noise = {"sampling_rate": sampling_rate, "max_dropouts": max_dropouts, "mechanism": mechanism}
+    noise: dict[str, Any] = {"max_dropouts": max_dropouts, "mechanism": mechanism}
+    if sampling_rate is not None:
+        noise["sampling_rate"] = sampling_rate
     created = recipe.new_manifest(
         name=name,
         coordinator=load_card(coordinator),

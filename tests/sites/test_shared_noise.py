@@ -91,7 +91,7 @@ def test_the_manifest_holds_the_whole_plan(consortium, tmp_path):
     [
         ("noise", {"local_deviation": 0.5}, r"\[noise\]: .*expected 3 to"),
         ("noise", {"max_dropouts": 2}, "expected at most 1 at delta"),
-        ("noise", {"sampling_rate": 0.5}, "expected at most 1 at delta"),
+        ("noise", {"sampling_rate": 1.0}, "expected at most 1 at delta"),
         ("noise", {"ring_bits": 12}, "half the ring of 12 bits"),
         ("privacy", {"epsilon": 0.9}, "expected at most 0.9 at delta"),
         ("privacy", {"clip_norm": 1.0}, "expected"),
