@@ -51,9 +51,7 @@ class Splits:
         )
 
 
-def gradient_sums(
-    weights: Floats, data: Splits, present: npt.NDArray[np.bool_], *, clip_norm: float | None
-) -> Floats:
+def gradient_sums(weights: Floats, data: Splits, present: npt.NDArray[np.bool_], *, clip_norm: float | None) -> Floats:
     """The sums (runs, d) of the gradients of the ``present`` rows (runs, rows), each clipped, at ``weights``."""
     slopes = expit(weights @ data.features.T) - data.labels
     if clip_norm is not None:
@@ -152,9 +150,9 @@ def judged(data: Splits, weights: Floats) -> tuple[float, float]:
     over runs."""
     scores = np.einsum("nrd,nd->rn", weights[data.site], data.features)
     areas, balanced = [], []
-    for score, training in zip(scores, data.training, strict=True):
-        positive = data.labels[~training] == 1
-        ranks, score = rankdata(score[~training]), score[~training]
+    for of_all, training in zip(scores, data.training, strict=True):
+        positive, score = data.labels[~training] == 1, of_all[~training]
+        ranks = rankdata(score)
         pairs = ranks[positive].sum() - positive.sum() * (positive.sum() + 1) / 2
         areas.append(pairs / (positive.sum() * (~positive).sum()))
         right = (score >= 0) == positive

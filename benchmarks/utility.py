@@ -13,8 +13,8 @@
 - unshared: the same steps, where each hospital's noise is enough for it alone;
 - pooled, central: all patients in one place, without privacy and with central DP-SGD.
 
-Training is that of the sites' own parts (``benchmarks.federations``), by the hyper-parameters in ``choices.json``, which
-``--choose`` takes anew on validation patients (``benchmarks.choosing``).  ``--quick``: two seeds at epsilon 1.
+Training is that of the sites' own parts (``benchmarks.federations``), by the hyper-parameters in ``choices.json``,
+which ``--choose`` takes anew on validation patients (``benchmarks.choosing``).  ``--quick``: two seeds at epsilon 1.
 """
 
 import argparse
@@ -202,7 +202,11 @@ def plot(report: dict, metric: str) -> str:
         elif cell["column"] in PLAIN_ONLY:
             levels[cell["column"]] = found["mean"]
     return comparison_plot(
-        series, levels=levels, places=[name_of(epsilon) for epsilon in private], across="epsilon", up=metric,
+        series,
+        levels=levels,
+        places=[name_of(epsilon) for epsilon in private],
+        across="epsilon",
+        up=metric,
         title=f"{report['data']}: {metric} by epsilon; bars are standard errors",
     )
 
@@ -240,7 +244,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         file = asked.json
         if file is not None and asked.data == "all":
             file = file.with_name(f"{file.stem}-{data}{file.suffix}")
-        seeds = 2 if asked.quick else SEEDS[data] if asked.seeds is None else asked.seeds
+        usual = 2 if asked.quick else SEEDS[data]
+        seeds = usual if asked.seeds is None else asked.seeds
         epsilons = [1.0, None] if asked.quick else EPSILONS[data]
         report = measure(data, task, seeds=seeds, epsilons=epsilons, json_file=file)
         show(report)

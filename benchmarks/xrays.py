@@ -70,7 +70,8 @@ def load(file: Path | None = None, *, validation: bool = False, share: float = 0
     def examples(part: str, chosen: npt.NDArray[np.int64]) -> Examples:
         pixels = images[part][chosen].astype(np.float32) / 127.5 - 1.0
         return Examples(
-            features=torch.from_numpy(pixels[:, None]), targets=torch.from_numpy(labels[part][chosen].astype(np.float32))
+            features=torch.from_numpy(pixels[:, None]),
+            targets=torch.from_numpy(labels[part][chosen].astype(np.float32)),
         )
 
     sites, held_out = {}, {}

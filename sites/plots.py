@@ -176,7 +176,8 @@ def comparison_plot(
     ends = [mean + sign * error for points in series.values() for _, mean, error in points for sign in (-1, 1)]
     lowest, highest = min([*ends, *levels.values()]), max([*ends, *levels.values()])
     step = _step(highest - lowest or 1.0)
-    lowest, highest = step * math.floor(lowest / step), step * math.ceil(highest / step)
+    lowest = step * math.floor(lowest / step)
+    highest = max(step * math.ceil(highest / step), lowest + step)
     right, bottom = _WIDTH - _LEGEND, _HEIGHT - _BOTTOM
 
     def x(place: float) -> float:

@@ -5,9 +5,7 @@ the real parts; the fourth site of the plan has dropped out, so that the sum has
 What is scored is the decoded sum without the colluding site's part, which it tells the coordinator.
 """
 
-import dataclasses
 from collections.abc import Iterator
-from types import TracebackType
 
 import numpy as np
 import pytest

@@ -6,7 +6,7 @@ from xml.etree import ElementTree as ET
 
 import pytest
 
-from sites.plots import Mark, accountants_plot, composition_plot, epsilon_plot, releases_plot
+from sites.plots import Mark, accountants_plot, comparison_plot, composition_plot, epsilon_plot, releases_plot
 
 SVG = "{http://www.w3.org/2000/svg}"
 
@@ -149,3 +149,43 @@ def test_what_was_refused_does_not_dwarf_what_was_not() -> None:
     for svg in (composition_plot(marks, title="x"), releases_plot(marks, title="x")):
         up = [text.text or "" for text in ET.fromstring(svg).iter(f"{SVG}text")]  # noqa: S314
         assert max(float(text) for text in up if text.replace(".", "").isdigit()) <= 3
+
+
+@pytest.mark.parametrize("scale", [1e-3, 0.02, 1.0, 400.0])
+def test_a_comparison_shows_every_series_with_its_errors(scale: float) -> None:
+    """Each series is a line with a point and an error bar of the right length for each place, higher for more; levels
+    go across; all have their names, and everything lies in the picture."""
+    series = {
+        "one": [(0, 0.5 * scale, 0.01 * scale), (1, 0.7 * scale, 0.02 * scale), (2, 0.8 * scale, 0.0)],
+        "<two>": [(1, 0.6 * scale, 0.04 * scale)],
+    }
+    text = comparison_plot(series, levels={"all": 0.9 * scale}, places=["a", "b", "c"], across="x", up="y", title="T")
+    picture = ET.fromstring(text)  # noqa: S314
+    words = [element.text for element in picture.iter(f"{SVG}text")]
+    assert {"one", "<two>", "all", "a", "b", "c", "x", "y", "T"} <= set(words)
+    circles = [(float(one.attrib["cx"]), float(one.attrib["cy"])) for one in picture.iter(f"{SVG}circle")]
+    assert len(circles) == 4
+    (ax, ay), (bx, by), (cx, cy), (_, two) = circles
+    assert ax < bx < cx
+    assert ay > two > by > cy
+    unit = (ay - by) / 0.2
+    assert (two - by) / unit == pytest.approx(0.1, abs=0.01)
+    bars = [
+        abs(float(line.attrib["y1"]) - float(line.attrib["y2"])) / unit
+        for line in picture.iter(f"{SVG}line")
+        if line.attrib.get("stroke-width") == "1.5"
+    ]
+    assert bars == pytest.approx([0.02, 0.04, 0.0, 0.08], abs=0.01)
+    width, height = (float(picture.attrib[name]) for name in ("width", "height"))
+    for line in picture.iter(f"{SVG}line"):
+        assert all(0 <= float(line.attrib[x]) <= width for x in ("x1", "x2"))
+        assert all(0 <= float(line.attrib[y]) <= height for y in ("y1", "y2"))
+
+
+@pytest.mark.parametrize("value", [0.7, 1.0])
+def test_a_comparison_of_equal_values_is_drawn(value: float) -> None:
+    """Where all values are one number, the picture still has an axis."""
+    picture = ET.fromstring(  # noqa: S314
+        comparison_plot({"one": [(0, value, 0.0)]}, levels={}, places=["a"], across="x", up="y", title="T")
+    )
+    assert len(list(picture.iter(f"{SVG}circle"))) == 1
