@@ -20,7 +20,7 @@ _RIGHT_NARROW: Final = 12
 _TOP_NARROW: Final = 24
 _BAR: Final = 4.0  # pixels from which on a bar stands by itself
 # Dark enough on white to be told apart by whoever sees no red; line styles and shapes say it too.
-_COLOURS: Final = ("#7a5195", "#b3261e", "#1f5fa8", "#0b7a75", "#c77700", "#444444", "#888888")
+_COLOURS: Final = ("#7a5195", "#b3261e", "#1f5fa8", "#0b7a75", "#c77700", "#444444", "#888888", "#c2478d")
 _DASHES: Final = ("2 3", "none", "none", "8 3", "10 3 2 3", "none", "2 3")
 _LEGEND: Final = 210
 _SPENT: Final = "#1f5fa8"
