@@ -13,7 +13,7 @@ leaves it; a digit too wide for a slot is cut into parts.  All sums in a slot st
 *Why decryption cannot fail.*  Let q be the ciphertexts' modulus, n the size of the cohort.  A fresh symmetric
 ciphertext (c0, c1) of m has c0 + c1 s = round(q m / t) + e modulo q, in each coefficient, and SEAL draws e as a
 difference of two sums of 21 bits (or from a normal clipped at 19.2): |e| <= 21, always.  Rounding adds at most 1/2.
-A sum of n of them, from which the coordinator subtracts one plaintext (once more 1/2), is q M / t + v modulo q, where M
+A sum of n of them, to which the coordinator adds one plaintext (once more 1/2), is q M / t + v modulo q, where M
 is the sum modulo t and |v| <= 21 n + n/2 + 1/2.  SEAL decrypts x by f = floor(g t x / q), for a 61-bit prime g > q,
 and takes the multiple of g nearest to f: that is M if g t |v| / q + 1 <= (g - 1) / 2, which follows from
 2 t |v| <= q - 3.  So it is enough that
