@@ -24,13 +24,17 @@ Objects of this module share a file in memory, through which SEAL hands out byte
 
 import os
 import struct
+from collections.abc import Iterable, Iterator, Mapping
 from functools import cache
 from typing import Any, Final
 
 import numpy as np
+import numpy.typing as npt
 
 from secureagg.errors import LocalProtocolError, MalformedMessage, ParameterError
-from secureagg.slots import COEFFICIENT_MODULUS, SLOTS, Slots
+from secureagg.lanes import Words
+from secureagg.masking import MaskKey
+from secureagg.slots import COEFFICIENT_MODULUS, SLOTS, SlotLayout, Slots, mask_slots
 
 KEY_SEED_BYTES: Final = 64
 FRESH_BYTES: Final = 8 * SLOTS + KEY_SEED_BYTES  # the seed of c1 is as long as that of a key
@@ -152,9 +156,7 @@ class Bfv:
 
     def _load(self, parts: list[bytes | memoryview], *, who: str) -> _Ciphertext:
         size = _HEADER_BYTES + sum(map(len, parts))
-        descriptor = self._file.fileno()
-        os.ftruncate(descriptor, 0)
-        os.pwrite(descriptor, b"".join([self._header(size), *parts]), 0)
+        os.pwrite(self._file.fileno(), b"".join([self._header(size), *parts]), 0)
         loaded = _seal().Ciphertext()
         try:
             # SEAL checks once more that parameters, sizes and coefficients are the context's.
@@ -235,6 +237,45 @@ class CiphertextSum:
         if self._sums[number] is None:
             raise LocalProtocolError(f"ciphertext {number}: nothing was added to it yet")
         return self._sums[number]
+
+
+def masked_and_encrypted(
+    key: SecretKey, layout: SlotLayout, vectors: Mapping[str, Words], masks: Iterable[MaskKey]
+) -> Iterator[bytes]:
+    """A site's input as fresh ciphertexts, one after the other: each lane's reduced ring elements under ``masks``."""
+    keys = list(masks)
+    for rows in layout.blocks():
+        slots = layout.slots_of(vectors, rows)
+        mask_slots(slots, keys, first=rows.start, modulus=layout.modulus)
+        for row in slots:
+            yield key.encrypt(row)
+
+
+def apply_masks(total: CiphertextSum, layout: SlotLayout, masks: Iterable[MaskKey]) -> None:
+    """Add or subtract ``masks`` to the sum of all ciphertexts: to take off those that did not cancel.  Only once."""
+    keys = list(masks)
+    for rows in layout.blocks():
+        slots = np.zeros((len(rows), SLOTS), np.int64)
+        mask_slots(slots, keys, first=rows.start, modulus=layout.modulus)
+        for number, row in zip(rows, slots, strict=True):
+            total.add_slots(number, row)
+
+
+def decrypted_totals(
+    key: SecretKey, layout: SlotLayout, ciphertexts: Iterable[bytes | memoryview], *, survivors: int, who: str
+) -> dict[str, npt.NDArray[np.int64]]:
+    """Lane name -> the survivors' exact integer sums, from summed ciphertexts without masks, in their order.
+
+    MalformedMessage naming ``who`` if these are not as many summed ciphertexts as the layout has.
+    """
+    sums, found = layout.empty_sums(), 0
+    for found, ciphertext in enumerate(ciphertexts, start=1):
+        if found > layout.ciphertexts:
+            break
+        layout.take_sums(key.decrypt(ciphertext, who=who)[np.newaxis], range(found - 1, found), sums)
+    if found != layout.ciphertexts:
+        raise MalformedMessage(f"{who}: another number of ciphertexts than expected, which is {layout.ciphertexts}")
+    return layout.totals(sums, survivors=survivors)
 
 
 def _context(modulus: int, seal: _Seal, key_seed: bytes | None = None) -> _Context:

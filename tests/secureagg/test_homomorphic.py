@@ -13,8 +13,18 @@ from hypothesis import strategies as st
 from support.slots import round_parameters, vectors_of
 
 from secureagg import LocalProtocolError, MalformedMessage, ParameterError, homomorphic
-from secureagg.homomorphic import FRESH_BYTES, KEY_SEED_BYTES, SUMMED_BYTES, Bfv, CiphertextSum, SecretKey
-from secureagg.slots import COEFFICIENT_MODULUS, PLAIN_MODULI, SLOTS, SlotLayout, mask_slots
+from secureagg.homomorphic import (
+    FRESH_BYTES,
+    KEY_SEED_BYTES,
+    SUMMED_BYTES,
+    Bfv,
+    CiphertextSum,
+    SecretKey,
+    apply_masks,
+    decrypted_totals,
+    masked_and_encrypted,
+)
+from secureagg.slots import COEFFICIENT_MODULUS, PLAIN_MODULI, SLOTS, SlotLayout
 
 pytest.importorskip("tenseal", reason="the extra `homomorphic` is not installed")
 
@@ -105,28 +115,32 @@ def test_a_round_gives_the_masked_backends_totals() -> None:
     self_keys = [os.urandom(32) for _ in vectors]
     pairwise = {(one, other): os.urandom(32) for one in range(3) for other in range(one)}
     bfv, key = scheme(layout.modulus)
-    total, sums = CiphertextSum(bfv, layout.ciphertexts), layout.empty_sums()
-    for rows in layout.blocks():
-        for site, vector in enumerate(vectors):
-            masks = [(self_keys[site], 1)]
-            masks += [(shared, 1) for (one, _), shared in pairwise.items() if one == site]
-            masks += [(shared, -1) for (_, other), shared in pairwise.items() if other == site]
-            slots = layout.slots_of(vector, rows)
-            mask_slots(slots, masks, first=rows.start, modulus=layout.modulus)
-            for number, row in zip(rows, slots, strict=True):
-                total.add(number, key.encrypt(row), who="site")
-        masks_left = np.zeros((len(rows), SLOTS), np.int64)
-        mask_slots(masks_left, [(own, -1) for own in self_keys], first=rows.start, modulus=layout.modulus)
-        for number, row in zip(rows, masks_left, strict=True):
-            total.add_slots(number, row)
-        decrypted = [key.decrypt(total.ciphertext(number), who="sum") for number in rows]
-        layout.take_sums(np.array(decrypted), rows, sums)
-    for name, found in layout.totals(sums, survivors=3).items():
-        ring_lane = parameters.lanes[name]
+    total = CiphertextSum(bfv, layout.ciphertexts)
+    for site, vector in enumerate(vectors):
+        masks = [(self_keys[site], 1)]
+        masks += [(shared, 1) for (one, _), shared in pairwise.items() if one == site]
+        masks += [(shared, -1) for (_, other), shared in pairwise.items() if other == site]
+        for number, ciphertext in enumerate(masked_and_encrypted(key, layout, vector, masks)):
+            total.add(number, ciphertext, who="site")
+    apply_masks(total, layout, [(own, -1) for own in self_keys])
+    ciphertexts = [total.ciphertext(number) for number in range(layout.ciphertexts)]
+    found = decrypted_totals(key, layout, ciphertexts, survivors=3, who="sum")
+    for name, ring_lane in parameters.lanes.items():
         expected = np.zeros(ring_lane.lane.length, ring_lane.word)
         for vector in vectors:
             expected += vector[name]
-        np.testing.assert_array_equal(found, ring_lane.lift(ring_lane.reduce(expected)))
+        np.testing.assert_array_equal(found[name], ring_lane.lift(ring_lane.reduce(expected)))
+
+
+@pytest.mark.parametrize("count", [0, 1, 3])
+def test_another_number_of_ciphertexts_is_refused(count: int) -> None:
+    """An aggregate has as many ciphertexts as the layout: with fewer, values would be missing that read as zeros."""
+    layout = SlotLayout.of(round_parameters(length=10_000))
+    assert layout.ciphertexts == 2
+    _, key = scheme(layout.modulus)
+    sums = [summed([key.encrypt(np.zeros(SLOTS, np.int64))], layout.modulus)] * count
+    with pytest.raises(MalformedMessage, match="sum: another number of ciphertexts"):
+        decrypted_totals(key, layout, sums, survivors=3, who="sum")
 
 
 def test_bytes_per_value() -> None:
