@@ -24,7 +24,7 @@ Objects of this module share a file in memory, through which SEAL hands out byte
 
 import os
 import struct
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import cache
 from typing import Any, Final
 
@@ -32,9 +32,10 @@ import numpy as np
 import numpy.typing as npt
 
 from secureagg.errors import LocalProtocolError, MalformedMessage, ParameterError
+from secureagg.keystream import Spread
 from secureagg.lanes import Words
 from secureagg.masking import MaskKey
-from secureagg.slots import COEFFICIENT_MODULUS, SLOTS, SlotLayout, Slots, mask_slots
+from secureagg.slots import COEFFICIENT_MODULUS, SLOTS, SlotLayout, Slots
 
 KEY_SEED_BYTES: Final = 64
 FRESH_BYTES: Final = 8 * SLOTS + KEY_SEED_BYTES  # the seed of c1 is as long as that of a key
@@ -69,15 +70,14 @@ def _seal() -> _Seal:
 
 
 class Bfv:
-    """BFV for one plaintext modulus; without a key."""
+    """BFV with slots of so many bits; without a key."""
 
-    def __init__(self, modulus: int) -> None:
-        """``modulus``: of ``slots.plain_modulus``.  ParameterError where SEAL is missing or refuses it, and
+    def __init__(self, slot_bits: int) -> None:
+        """``slot_bits``: of ``slots.slot_bits``.  ParameterError where SEAL is missing or refuses it, and
         LocalProtocolError if this SEAL does not write the format that is expected."""
         seal = _seal()
-        self.modulus = modulus
-        self._context = _context(modulus, seal)
-        self._encoder = seal.BatchEncoder(self._context)
+        self.slot_bits = slot_bits
+        self._context = _context(slot_bits, seal)
         self._evaluator = seal.Evaluator(self._context)
         self._file = os.fdopen(os.memfd_create("secureagg-seal"), "w+b", buffering=0)
         self._path = f"/proc/self/fd/{self._file.fileno()}"
@@ -90,14 +90,12 @@ class Bfv:
 
     def _encoded(self, slots: Slots) -> _Plaintext:
         """The plaintext of 4,096 slots."""
-        if slots.shape != (SLOTS,) or slots.min() < 0 or slots.max() >= self.modulus:
-            raise LocalProtocolError(f"slots: expected {SLOTS} integers from 0 to {self.modulus - 1}")
+        if slots.shape != (SLOTS,) or int(slots.max()) >> self.slot_bits:
+            raise LocalProtocolError(f"slots: expected {SLOTS} integers of {self.slot_bits} bits")
         plaintext = _seal().Plaintext()
-        self._encoder.encode(slots.tolist(), plaintext)
+        array = self._header(_HEADER_BYTES + 8 + 8 * SLOTS) + struct.pack("<Q", SLOTS)
+        self._read(plaintext, [bytes(32), struct.pack("<Qd", SLOTS, 1.0), array, slots.astype("<u8", copy=False).data])
         return plaintext
-
-    def _decoded(self, plaintext: _Plaintext) -> Slots:
-        return np.array(self._encoder.decode_uint64(plaintext), np.int64)
 
     # --- between SEAL's files and ciphertexts ---
 
@@ -155,22 +153,25 @@ class Bfv:
         return self._load([self._around(2 * SLOTS), ciphertext], who=who)
 
     def _load(self, parts: list[bytes | memoryview], *, who: str) -> _Ciphertext:
-        size = _HEADER_BYTES + sum(map(len, parts))
-        os.pwrite(self._file.fileno(), b"".join([self._header(size), *parts]), 0)
         loaded = _seal().Ciphertext()
         try:
-            # SEAL checks once more that parameters, sizes and coefficients are the context's.
-            loaded.load(self._context, self._path)
+            self._read(loaded, parts)
         except (RuntimeError, ValueError) as error:
             raise MalformedMessage(f"{who}: SEAL refuses a ciphertext") from error
         return loaded
+
+    def _read(self, loaded: _Plaintext | _Ciphertext, parts: Sequence[bytes | memoryview]) -> None:
+        """Let SEAL read ``parts`` behind a header; it checks once more that all is as its context says."""
+        content = b"".join(parts)
+        os.pwrite(self._file.fileno(), self._header(_HEADER_BYTES + len(content)) + content, 0)
+        loaded.load(self._context, self._path)
 
     def _check_seal(self) -> None:
         """Notice here, and not as the fault of a site, that this SEAL writes or reads another format."""
         key = SecretKey(self, os.urandom(KEY_SEED_BYTES))
         key._encryptor.encrypt_zero_symmetric().save(self._path)
         self._version = os.pread(self._file.fileno(), _VERSION_BYTES, 0)
-        slots = np.arange(SLOTS) * (self.modulus // SLOTS)
+        slots = np.arange(SLOTS, dtype=np.uint64) * np.uint64((1 << self.slot_bits) // SLOTS)
         total = CiphertextSum(self, 1)
         try:
             for _ in range(2):
@@ -178,7 +179,7 @@ class Bfv:
             found = key.decrypt(total.ciphertext(0), who="SEAL")
         except MalformedMessage as error:
             raise LocalProtocolError("SEAL: does not read the format that it is expected to") from error
-        if not np.array_equal(found, 2 * slots % self.modulus):
+        if not np.array_equal(found, 2 * slots % (1 << self.slot_bits)):
             raise LocalProtocolError("SEAL: a sum of two ciphertexts does not decrypt to the sum")
 
 
@@ -193,7 +194,7 @@ class SecretKey:
             raise LocalProtocolError(f"secret key: a seed of {len(seed)} bytes, expected {KEY_SEED_BYTES}")
         seal = _seal()
         # Only ever for the key: whatever this context encrypted would have one error and one seed.
-        key = seal.KeyGenerator(_context(bfv.modulus, seal, seed)).secret_key()
+        key = seal.KeyGenerator(_context(bfv.slot_bits, seal, seed)).secret_key()
         self._bfv = bfv
         self._encryptor = seal.Encryptor(bfv._context, key)
         self._decryptor = seal.Decryptor(bfv._context, key)
@@ -207,7 +208,11 @@ class SecretKey:
         """The 4,096 slots of a summed ciphertext; MalformedMessage naming ``who`` if it is none."""
         plaintext = _seal().Plaintext()
         self._decryptor.decrypt(self._bfv._load_summed(ciphertext, who=who), plaintext)
-        return self._bfv._decoded(plaintext)
+        # SEAL leaves out zeros at the end.
+        slots = np.zeros(SLOTS, np.uint64)
+        count = plaintext.coeff_count()
+        slots[:count] = np.fromiter(map(plaintext.data, range(count)), np.uint64, count)
+        return slots
 
 
 class CiphertextSum:
@@ -240,24 +245,24 @@ class CiphertextSum:
 
 
 def masked_and_encrypted(
-    key: SecretKey, layout: SlotLayout, vectors: Mapping[str, Words], masks: Iterable[MaskKey]
+    key: SecretKey, layout: SlotLayout, vectors: Mapping[str, Words], masks: Iterable[MaskKey], *, spread: Spread = map
 ) -> Iterator[bytes]:
     """A site's input as fresh ciphertexts, one after the other: each lane's reduced ring elements under ``masks``."""
     keys = list(masks)
     for rows in layout.blocks():
         slots = layout.slots_of(vectors, rows)
-        mask_slots(slots, keys, first=rows.start, modulus=layout.modulus)
-        for row in slots:
+        layout.apply_masks(slots, keys, rows, spread=spread)
+        for row in slots.reshape(-1, SLOTS):
             yield key.encrypt(row)
 
 
-def apply_masks(total: CiphertextSum, layout: SlotLayout, masks: Iterable[MaskKey]) -> None:
+def apply_masks(total: CiphertextSum, layout: SlotLayout, masks: Iterable[MaskKey], *, spread: Spread = map) -> None:
     """Add or subtract ``masks`` to the sum of all ciphertexts: to take off those that did not cancel.  Only once."""
     keys = list(masks)
     for rows in layout.blocks():
-        slots = np.zeros((len(rows), SLOTS), np.int64)
-        mask_slots(slots, keys, first=rows.start, modulus=layout.modulus)
-        for number, row in zip(rows, slots, strict=True):
+        slots = np.zeros(len(rows) * SLOTS, np.uint64)
+        layout.apply_masks(slots, keys, rows, spread=spread)
+        for number, row in zip(rows, slots.reshape(-1, SLOTS), strict=True):
             total.add_slots(number, row)
 
 
@@ -272,23 +277,23 @@ def decrypted_totals(
     for found, ciphertext in enumerate(ciphertexts, start=1):
         if found > layout.ciphertexts:
             break
-        layout.take_sums(key.decrypt(ciphertext, who=who)[np.newaxis], range(found - 1, found), sums)
+        layout.take_sums(key.decrypt(ciphertext, who=who), range(found - 1, found), sums)
     if found != layout.ciphertexts:
         raise MalformedMessage(f"{who}: another number of ciphertexts than expected, which is {layout.ciphertexts}")
     return layout.totals(sums, survivors=survivors)
 
 
-def _context(modulus: int, seal: _Seal, key_seed: bytes | None = None) -> _Context:
+def _context(slot_bits: int, seal: _Seal, key_seed: bytes | None = None) -> _Context:
     parameters = seal.EncryptionParameters(seal.SCHEME_TYPE.BFV)
     parameters.set_poly_modulus_degree(SLOTS)
     parameters.set_coeff_modulus([seal.Modulus(COEFFICIENT_MODULUS)])
-    parameters.set_plain_modulus(modulus)
+    parameters.set_plain_modulus(1 << slot_bits)
     if key_seed is not None:
         parameters.set_random_generator(seal.Blake2xbPRNGFactory(list(struct.unpack("<8Q", key_seed))))
     # SEAL's own table: 4,096 coefficients and 60 bits are within 128 bits of security.
     context = seal.SEALContext(parameters, True, seal.SEC_LEVEL_TYPE.TC128)
     if not context.parameters_set():
-        raise ParameterError(f"homomorphic sums: SEAL refuses t = {modulus}: {context.parameters_error_message()}")
+        raise ParameterError(f"homomorphic sums: SEAL refuses t = 2^{slot_bits}: {context.parameters_error_message()}")
     return context
 
 
