@@ -94,7 +94,10 @@ class Bfv:
             raise LocalProtocolError(f"slots: expected {SLOTS} integers of {self.slot_bits} bits")
         plaintext = _seal().Plaintext()
         array = self._header(_HEADER_BYTES + 8 + 8 * SLOTS) + struct.pack("<Q", SLOTS)
-        self._read(plaintext, [bytes(32), struct.pack("<Qd", SLOTS, 1.0), array, slots.astype("<u8", copy=False).data])
+        self._read(
+            plaintext,
+            [bytes(32), struct.pack("<Qd", SLOTS, 1.0), array, slots.astype("<u8", copy=False).data.cast("B")],
+        )
         return plaintext
 
     # --- between SEAL's files and ciphertexts ---
@@ -145,7 +148,8 @@ class Bfv:
 
     def _load_fresh(self, ciphertext: bytes | memoryview, *, who: str) -> _Ciphertext:
         _check(ciphertext, FRESH_BYTES, who=who)
-        coefficients, seed = ciphertext[:-KEY_SEED_BYTES], ciphertext[-KEY_SEED_BYTES:]
+        numbers = memoryview(ciphertext)
+        coefficients, seed = numbers[:-KEY_SEED_BYTES], numbers[-KEY_SEED_BYTES:]
         return self._load([self._around(SLOTS), coefficients, self._before_seed, seed], who=who)
 
     def _load_summed(self, ciphertext: bytes | memoryview, *, who: str) -> _Ciphertext:
@@ -162,8 +166,8 @@ class Bfv:
 
     def _read(self, loaded: _Plaintext | _Ciphertext, parts: Sequence[bytes | memoryview]) -> None:
         """Let SEAL read ``parts`` behind a header; it checks once more that all is as its context says."""
-        content = b"".join(parts)
-        os.pwrite(self._file.fileno(), self._header(_HEADER_BYTES + len(content)) + content, 0)
+        size = _HEADER_BYTES + sum(map(len, parts))
+        os.pwritev(self._file.fileno(), [self._header(size), *parts], 0)
         loaded.load(self._context, self._path)
 
     def _check_seal(self) -> None:
