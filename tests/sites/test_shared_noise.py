@@ -86,6 +86,15 @@ def test_the_manifest_holds_the_whole_plan(consortium, tmp_path):
     assert 0.95 < max(plan.epsilons("coordinator")) <= manifest.privacy.epsilon
 
 
+def test_every_number_of_the_noise_is_signed(shared):
+    """A change of any field of the plan gives another digest than the one that sites have signed and pinned."""
+    noise = msgspec.to_builtins(shared.manifest.noise)
+    for name, value in noise.items():
+        other = "discrete gaussian" if isinstance(value, str) else value + 1
+        assert changed(shared.manifest, "noise", **{name: other}).digest != shared.manifest.digest
+    assert len(noise) == 7
+
+
 @pytest.mark.parametrize(
     ("table", "fields", "text"),
     [
@@ -114,7 +123,7 @@ def test_no_plan_that_does_not_keep_the_promise(shared, table, fields, text):
 def test_no_sharing_without_noise(shared):
     """A mode that shares noise needs the plan."""
     with pytest.raises(ManifestError, match=r"found none as \[noise\] and mode shared"):
-        contents(msgspec.structs.replace(shared.manifest, noise=None, signatures=[]))
+        contents(msgspec.structs.replace(shared.manifest, noise=msgspec.UNSET, signatures=[]))
 
 
 @pytest.mark.parametrize("mode", ["shared", "site", "local"])
