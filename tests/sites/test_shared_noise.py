@@ -11,13 +11,15 @@ from support.consortium import make_consortium
 from dp.accountants import rdp_epsilon
 from dp.errors import BudgetExhausted
 from dp.ledger import read_ledger, verify
-from dp.shared import ADVERSARIES, decode, opened_variance
+from dp.shared import ADVERSARIES, decode, opened_variance, seen_by
 from secureagg import Aggregate, ParameterError, RingElements, encode_input
 from sites import recipe
 from sites.config import open_site, save_config
 from sites.errors import ManifestError
 from sites.manifest import Manifest
 from sites.model_state import ModelSpec
+from sites.reports.page import render
+from sites.reports.reading import facts_of
 from sites.rounds import UPDATE, mean_update, model_spec, round_parameters
 from sites.trainer import Examples, heart_model, trainer_of
 
@@ -310,3 +312,32 @@ def test_elements_fit_the_round(consortium):
     encoded = encode_input(parameters, {UPDATE: result.elements})
     assert encoded.vectors[UPDATE].tolist() == result.elements.tolist()
     assert ModelSpec.of(dict(model_spec(manifest).tensors)).length == len(result.elements)
+
+
+# --- what an officer reads ---
+
+
+def test_epsilon_against_each_adversary(shared, tmp_path):
+    """The report recomputes epsilon for each adversary from the parts that were in each sum, or as few as were allowed
+    for where that is not known; against all others together there is none; and it says that the noise is shared."""
+    site = open_site(shared.site_configs["b"])
+    plan, begin = site.manifest.noise_plan, states(5)
+    object.__setattr__(site, "config", msgspec.structs.replace(site.config, ledger=str(tmp_path / "l.sqlite")))
+    with closing(trainer_of(site, heart_model(), examples())) as trainer:
+        for number, survivors in ((1, 4), (2, 3), (3, None)):
+            trainer.train(begin[number], run="run", round_number=number)
+            trainer.mark_sent({("run", number): survivors})
+    facts = facts_of(read_ledger(tmp_path / "l.sqlite"), manifest=site.manifest)
+    booked = plan.event(sampling_rate=recipe.SAMPLING_RATE, steps=1)
+    for who, known in (("outsider", 0), ("curious site", 1), ("coordinator", 1)):
+        events = [seen_by(booked, who, survivors=survivors, colluders=1, honest=plan.honest) for survivors in (4, 3, 3)]
+        variance = [(survivors - known) * plan.local_deviation**2 for survivors in (4, 3, 3)]
+        assert [event.variance for event in events] == pytest.approx(variance)
+        assert facts.against[who] == pytest.approx(rdp_epsilon(events, site.manifest.privacy.delta))
+    assert facts.against["outsider"] < facts.against["coordinator"] < facts.spent
+    assert facts.shared == 3
+    page = " ".join(render(facts).split())
+    assert "The sites share the noise of 3 releases" in page
+    assert "The coordinator and all other sites together</th>" in page
+    assert "no bound" in page
+    assert "adds all of the noise itself" not in page
