@@ -97,7 +97,8 @@ def test_what_a_reservation_says(tmp_path: Path) -> None:
     """Everything that is known of a release and what it was said to cost is in its row; what is not known is not."""
     whole = replace(
         release(1), consortium="c", library_version="0.1", manifest_sha256="e" * 64, cohort=4, threshold=3,
-        max_corrupt=1, clip_norm=0.5, random_generator="AES",
+        max_corrupt=1, clip_norm=0.5, random_generator="AES", mode="shared", sites=5, max_dropouts=1, honest=3,
+        dimensions=14, ring_bits=20, scale=64.0, local_deviation=9.5,
     )  # fmt: skip
     with open_ledger(tmp_path / "x.sqlite") as ledger:
         ledger.reserve(whole, allow)
