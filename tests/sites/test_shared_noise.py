@@ -301,6 +301,39 @@ def test_how_a_sum_moves_the_model(consortium):
         assert moved == pytest.approx(-training.learning_rate * np.arange(14) / training.batch_size)
 
 
+def test_a_new_manifest_begins_no_round_that_cannot_end(tmp_path):
+    """Where fewer dropouts are planned for than the policy allows, the least cohort is what the plan needs."""
+    kept = make_consortium(
+        tmp_path,
+        **tables("shared"),
+        noise=recipe.shared_noise(
+            {**tables("shared"), "policy": recipe.POLICY}, sites=4, dimensions=14, max_dropouts=1
+        ),
+    )
+    assert kept.manifest.policy.minimum_cohort == 3
+    cards = [kept.keys[name].card for name in "abcd"]
+    training, privacy = tables("shared").values()
+    made = recipe.new_manifest(
+        name="x",
+        coordinator=kept.keys["sum"].card,
+        address="tcp://127.0.0.1:9",
+        cards=cards,
+        initial=kept.initial_path.read_bytes(),
+        changes={"training": training, "privacy": privacy},
+        noise={"max_dropouts": 0},
+    )
+    assert (made.noise.max_dropouts, made.policy.minimum_cohort) == (0, 4)
+    assert made.policy.minimum_survivors == recipe.POLICY.minimum_survivors
+    with pytest.raises(ManifestError, match="minimum_survivors: found 4, expected at most the cohort size 3"):
+        contents(changed(made, "policy", minimum_cohort=3))
+
+
+def test_a_mode_that_there_is_not():
+    """An unknown mode is named with those that exist."""
+    with pytest.raises(ManifestError, match="found 'nope', expected local, shared, site or none"):
+        recipe.recipe_of("nope")
+
+
 def test_elements_fit_the_round(consortium):
     """What a trainer makes is what its round encodes: no more bits than the ring has."""
     manifest = consortium.manifest
