@@ -7,8 +7,9 @@ are trained beside the canaries, and sampling, gradients per row, clipping, nois
 
 The gradient points up in one round and down in the next (DP-SGD's guarantee allows gradients that depend on what came
 before).  Weighting the rounds with these signs adds up what a canary did, exactly as a plain sum would with fresh
-noise; noise that one round has in common with the next cancels.  Before each round the generators that engineers seed
-are set to the same seed, so noise drawn from one of them, which whoever knows the seed can subtract, cancels too.
+noise; noise that one round has in common with the next cancels.  Each round begins with torch's, numpy's and Python's
+own generators, those that engineers seed, as the round before did.  So noise drawn from one of them, which whoever
+knows the seed can subtract, cancels too.
 """
 
 import copy
@@ -110,7 +111,7 @@ def canary_scores(
             return total
 
         before = wrapped.canaries.weight.detach().cpu().double().flatten()
-        with _same_seeds():
+        with _generators_restored():
             train(
                 wrapped,
                 with_canaries,
@@ -128,15 +129,12 @@ def canary_scores(
 
 
 @contextmanager
-def _same_seeds() -> Iterator[None]:
-    """The global generators of torch, numpy and Python with the same seed each time, and afterwards as they were."""
-    states = np.random.get_state(), random.getstate()
+def _generators_restored() -> Iterator[None]:
+    """The global generators of torch, numpy and Python are afterwards as they were."""
+    of_numpy, of_python = np.random.get_state(), random.getstate()
     with torch.random.fork_rng():
-        torch.manual_seed(0)
-        np.random.seed(0)
-        random.seed(0)
         try:
             yield
         finally:
-            np.random.set_state(states[0])
-            random.setstate(states[1])
+            np.random.set_state(of_numpy)
+            random.setstate(of_python)

@@ -160,8 +160,9 @@ def report_command(
     from dp.errors import BudgetExhausted, LedgerTampered  # noqa: PLC0415
     from sites.files import write_atomic  # noqa: PLC0415
     from sites.manifest import Manifest  # noqa: PLC0415
-    from sites.reports.facts import Verdict, facts_of  # noqa: PLC0415
+    from sites.reports.facts import Verdict  # noqa: PLC0415
     from sites.reports.page import as_json, render  # noqa: PLC0415
+    from sites.reports.reading import facts_of  # noqa: PLC0415
 
     facts = facts_of(read_rows(ledger), manifest=None if roster is None else Manifest.load(roster), head=head)
     write_atomic(target, render(facts).encode())

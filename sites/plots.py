@@ -18,7 +18,7 @@ _LOW: Final = 264
 _LEFT_NARROW: Final = 60
 _RIGHT_NARROW: Final = 12
 _TOP_NARROW: Final = 24
-_BAR: Final = 6.0  # pixels from which on a bar stands by itself
+_BAR: Final = 4.0  # pixels from which on a bar stands by itself
 # Dark enough on white to be told apart by whoever sees no red; line styles and shapes say it too.
 _SPENT: Final = "#1f5fa8"
 _LIMIT: Final = "#b3261e"
@@ -115,8 +115,13 @@ def releases_plot(marks: Sequence[Mark], *, title: str) -> str:
     refused = [mark.epsilon for mark in marks if mark.refused]
     chart = _Chart(len(marks), _highest([mark.epsilon for mark in marks if not mark.refused], refused), title)
     chart.axes("release No.", "epsilon, each alone")
+    apart = chart.x(1) - chart.x(0) >= _BAR
+    if not apart:  # so narrow that seams would show: one area instead
+        levels = [0.0 if mark.refused else mark.epsilon for mark in marks]
+        chart.area([(n + end, level) for n, level in enumerate(levels) for end in (0, 1)], opacity=1)
     for number, mark in enumerate(marks):
-        chart.bar(number, mark.epsilon, hollow=mark.refused)
+        if apart or mark.refused:
+            chart.bar(number, mark.epsilon, hollow=mark.refused)
     if any(not math.isfinite(mark.epsilon) for mark in marks):
         chart.label(0, math.inf, "bars that end up here have no bound", _SPENT)
     return chart.svg()
@@ -194,17 +199,15 @@ class _Chart:
             f'stroke-dasharray="{dashes}"/>'
         )
 
-    def area(self, corners: Sequence[tuple[float, float]]) -> None:
-        closed = [*corners, (corners[-1][0], 0.0)]
-        self._parts.append(f'<polygon points="{self._points(closed)}" fill="{_SPENT}" fill-opacity="0.1"/>')
+    def area(self, corners: Sequence[tuple[float, float]], *, opacity: float = 0.1) -> None:
+        closed = [(0.0, 0.0), *corners, (corners[-1][0], 0.0)]
+        self._parts.append(f'<polygon points="{self._points(closed)}" fill="{_SPENT}" fill-opacity="{opacity}"/>')
 
     def bar(self, number: int, value: float, *, hollow: bool) -> None:
         wide = self.x(1) - self.x(0)
-        # Without gaps narrow bars are one area, which overlaps of a hair keep free of seams.
-        left, right = (0.1, -0.1) if wide >= _BAR else (0.0, 0.05)
         paint = f'fill="none" stroke="{_LIMIT}"' if hollow else f'fill="{_SPENT}"'
         self._parts.append(
-            f'<rect x="{self.x(number + left):.2f}" y="{self.y(value):.1f}" width="{(1 + right - left) * wide:.2f}" '
+            f'<rect x="{self.x(number + 0.1):.2f}" y="{self.y(value):.1f}" width="{0.8 * wide:.2f}" '
             f'height="{self.y(0) - self.y(value):.1f}" {paint}/>'
         )
 

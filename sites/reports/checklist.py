@@ -50,7 +50,18 @@ def _judged(facts: Facts) -> list[tuple[str, _Judged]]:
     for hazard, of_releases in _OF_RELEASES.items():
         nothing = (Status.NOTHING, "No release is recorded that could be judged.")
         found.append((hazard, of_releases(facts) if facts.releases else nothing))
+    if facts.problems or facts.wrong:
+        return [(hazard, _doubted(*judged)) for hazard, judged in found]
     return found
+
+
+def _doubted(status: Status, text: str) -> _Judged:
+    """What a record that does not hold would hold."""
+    return (
+        (Status.JUDGE, f"As found, in a record that does not hold: {text}")
+        if status is Status.HOLDS
+        else (status, text)
+    )
 
 
 # --- what can be said of any ledger ---
@@ -230,6 +241,12 @@ def _neighbouring(facts: Facts) -> _Judged:
 def _trust(facts: Facts) -> _Judged:
     unknown = sum(each.releases for each in facts.cohorts if each.max_corrupt is None or each.sites is None)
     text = "The noise is the site's own and complete, so that epsilon needs no trust in coordinator or other sites."
+    if facts.shared:
+        return Status.JUDGE, (
+            f"In {count(facts.shared, 'release')} the noise is shared: epsilon holds while no more sites than section "
+            "2 says work for the coordinator, and rests on the secure sum. Whether they can be trusted that far is for "
+            "people to say."
+        )
     if unknown:
         return Status.JUDGE, f"{text} What the secure sum adds is not recorded in {unknown} releases."
     return Status.HOLDS, f"{text} The secure sum's thresholds are recorded in all releases."

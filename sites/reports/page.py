@@ -22,11 +22,12 @@ PRIORS: Final = (0.01, 0.10, 0.50)
 UNITS: Final = {
     "patient": "one patient: everything this site's data holds about one person, under one key",
     "record": "one record: a single row; a person with several rows is protected less",
+    "site": "this whole site: everything that it holds about all of its patients together",
 }
 
 
 @dataclass(frozen=True, slots=True)
-class Adversary:
+class Opponent:
     """Somebody who might want to know about a patient: what they see, and the epsilon that holds against them."""
 
     who: str
@@ -101,32 +102,36 @@ def right_guess(spent: float, delta: float) -> float:
     return (1 + delta * shrunk) / (1 + shrunk)
 
 
-def _adversaries(facts: Facts) -> list[Adversary]:
-    """Whom the guarantee holds against.
-
-    Every mechanism of this version is local: the site adds all the noise itself before anything leaves it, so one
-    epsilon holds against everybody.  With noise that several sites share, the epsilons differ: this is their place.
-    """
+def _adversaries(facts: Facts) -> list[Opponent]:
+    """Whom the guarantee holds against: everybody, where a site's own noise is enough; with noise that sites share each
+    of them knows another part of it."""
     corrupt = {cohort.max_corrupt for cohort in facts.cohorts}
     several = "site" if corrupt == {1} else "sites"
     up_to = f"up to {_listed(corrupt)} other {several}" if corrupt and None not in corrupt else "some other sites"
+    against = facts.against
     return [
-        Adversary("An outsider", "the finished model, and the encrypted messages if they tap the network", facts.spent),
-        Adversary("One curious site", "every version of the model, and what it did itself", facts.spent),
-        Adversary(
-            f"The coordinator, together with {up_to}", "the sum of all sites' updates in each round", facts.spent
+        Opponent(
+            "An outsider",
+            "the finished model, and the encrypted messages if they tap the network",
+            against["outsider"],
         ),
-        Adversary(
+        Opponent("One curious site", "every version of the model, and what it did itself", against["curious site"]),
+        Opponent(
+            f"The coordinator, together with {up_to}",
+            "the sum of all sites' updates in each round",
+            against["coordinator"],
+        ),
+        Opponent(
             "The coordinator and all other sites together",
             "this site's own updates, since they know the rest of the sum",
-            facts.spent,
+            math.inf if facts.shared else facts.spent,
         ),
     ]
 
 
 def _secure_sum(cohort: Cohort) -> str:
     if cohort.sites is None or cohort.threshold is None or cohort.max_corrupt is None:
-        return "The rows do not say how many sites were summed, or how many of them were allowed for as corrupt."
+        return "the rows do not say how many sites were summed, or how many of them were allowed for as corrupt."
     return (
         f"{cohort.sites} sites, of which at least {cohort.threshold} had to take part to the end. No update was to be "
         f"seen alone as long as at most {cohort.max_corrupt} of the {cohort.sites} sites collude with the coordinator."

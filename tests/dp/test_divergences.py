@@ -4,7 +4,7 @@ import math
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from scipy.special import gammaln, logsumexp
 from support.integer_pmf import (
@@ -134,6 +134,7 @@ def test_sampling_two_coordinates() -> None:
 
 
 @given(st.floats(1e-6, 1.0), st.floats(1e-3, 100.0), st.integers(2, 300))
+@example(1 - 2.0**-53, 1.0, 2)
 @settings(max_examples=60, deadline=None)
 def test_sampling_as_the_formula_is_written(rate: float, scale: float, order: int) -> None:
     """The sum that is computed is the published formula, and never worse than no sampling."""

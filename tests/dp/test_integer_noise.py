@@ -18,7 +18,7 @@ from scipy import stats
 from support.integer_pmf import discrete_gaussian_log_pmf, skellam_log_pmf
 
 from dp.errors import UnsupportedEvent
-from dp.integer_noise import COLUMN_BITS, IntegerNoise, Mechanism, alias_table, log_weights
+from dp.integer_noise import COLUMN_BITS, IntegerNoise, Mechanism, _debye_series, alias_table, log_weights
 from secureagg.testing import CountingEntropy
 
 COUNT = 2_000_000
@@ -117,6 +117,19 @@ def test_weights_of_wide_noise(mechanism: Mechanism) -> None:
         found = noise._log_weights(sign * numbers)
         for k, value in zip(numbers.tolist(), found.tolist(), strict=True):
             assert abs(Decimal(value) - expected[k]) <= Decimal(2.0**-51 * (1 + (k / 1e4) ** 2))
+
+
+@pytest.mark.parametrize("variance", [60.0, 200.0, 1000.0])
+def test_what_the_series_leaves_out(variance: float) -> None:
+    """Where it can be seen, with less variance than the series is used for, the error is below r^-5 / 4 as stated."""
+    expected = exact_log_weights("skellam", math.sqrt(variance), 100)
+    k = np.arange(101.0)
+    r = np.hypot(k, variance)
+    series = _debye_series(r, k) - _debye_series(np.array(variance), np.array(0.0))
+    found = (r - variance) - k * np.arcsinh(k / variance) - np.log(r / variance) / 2 + series
+    error = np.abs(found - np.array([float(each) for each in expected]))
+    assert np.all(error <= r**-5 / 4 + variance**-5 / 4 + 1e-13)
+    assert variance > 100 or error.max() > 1e-12
 
 
 @pytest.mark.parametrize("deviation", [1e5, 1e8, 2.0**50])

@@ -216,7 +216,8 @@ def test_events_for_the_ledger() -> None:
         ({"delta": 1.0}, "delta 1.0"),
         ({"mechanism": "laplace"}, "mechanism 'laplace', expected skellam or discrete gaussian"),
         ({"unit": "row"}, "unit 'row', expected patient or record or site"),
-        ({"most_inflation": 0.0}, "largest inflation 0.0"),
+        ({"most_inflation": 0.0}, "largest inflation 0.0, expected 0.001 to 10"),
+        ({"most_inflation": math.inf}, "largest inflation inf"),
         ({"unit": "site"}, "a sampling rate or batch of a whole site other than 1"),
         ({"ring_bits_max": 7}, "no ring of 8 to 7 bits"),
         ({"coordinate_clip": 1e30}, r"s n X \+ t \+ n < 2\^63"),
@@ -235,6 +236,17 @@ def test_noise_too_narrow_for_integers() -> None:
     assert plan.local_deviation >= 3
     with pytest.raises(UnsupportedEvent, match=r"each site's noise has a deviation of .*, expected 3 or more"):
         plan_shared_noise(**task, most_inflation=0.3, ring_bits_max=plan.ring_bits - 1)
+
+
+def test_a_ring_that_only_the_noise_makes_too_coarse() -> None:
+    """Where rounding costs less than 1 % but Skellam's own last term does not, a wider ring is taken too."""
+    task = TASK | {"dimensions": 1, "sites": 3, "dropouts": 0, "epsilon": 200.0, "sampling_rate": 1.0, "steps": 1}
+    task |= {"expected_batch": 4.0}
+    plan = plan_shared_noise(**task)
+    finest = plan_shared_noise(**task, most_inflation=1e-3).noise_multiplier
+    assert plan.noise_multiplier < 1.01 * finest
+    with pytest.raises(UnsupportedEvent, match=r"scale s of at most 128, at which the noise has a deviation of"):
+        plan_shared_noise(**task, ring_bits_max=plan.ring_bits - 1)
 
 
 def test_no_noise_is_enough() -> None:
@@ -283,7 +295,7 @@ def test_every_opened_sum_has_the_variance_that_is_planned() -> None:
     parts = [encode(total, plan, entropy=entropy(site)) for site, total in enumerate(totals)]
     for survivors in (4, 5, 6):
         opened = decode(np.sum(parts[:survivors], axis=0, dtype=np.uint64), plan)
-        error = (opened - np.sum(totals[:survivors], axis=0)) * plan.scale
+        error = (opened - np.sum([total.values for total in totals[:survivors]], axis=0)) * plan.scale
         variance = opened_variance("outsider", survivors=survivors, colluders=1, local_deviation=plan.local_deviation)
         assert variance >= 3 * plan.local_deviation**2
         low, high = stats.chi2.ppf([5e-7, 1 - 5e-7], 50_000)
@@ -354,7 +366,7 @@ def test_rings_of_any_width(bits: int) -> None:
     wrapped = np.sum(parts, axis=0, dtype=np.uint64)
     reduced = wrapped & np.uint64(2**bits - 1)
     for words in (wrapped, reduced, reduced.view(np.int64)):
-        assert np.abs(decode(words, plan) - 5 * total).max() < 6 * plan.error_of_sum
+        assert np.abs(decode(words, plan) - 5 * total.values).max() < 6 * plan.error_of_sum
     if bits <= 32:
         assert np.array_equal(decode(reduced.astype(np.uint32), plan), decode(reduced, plan))
 
@@ -415,7 +427,7 @@ def test_updates_are_clipped(values: list[float], clip: float) -> None:
     from fractions import Fraction
 
     plan = replace(SITE_PLAN, clip_norm=clip, coordinate_clip=clip, epsilon=1e9, ring_bits=40)
-    clipped = clipped_update(np.array(values), plan)
+    clipped = clipped_update(np.array(values), plan).values
     assert sum(Fraction(value) ** 2 for value in clipped.tolist()) <= Fraction(clip) ** 2
     norm = math.hypot(*values)
     if norm < 0.999 * clip:
@@ -427,11 +439,17 @@ def test_updates_are_clipped(values: list[float], clip: float) -> None:
 SITE_PLAN = site_plan()
 
 
+def test_only_clipped_sums_are_encoded() -> None:
+    """An array of numbers, such as what several steps have changed, is not taken for one step's clipped sum."""
+    with pytest.raises(UnsupportedEvent, match="found a ndarray, expected a ClippedSum, of one step"):
+        encode(np.zeros(2000), PLAN)  # type: ignore[arg-type]
+
+
 def test_a_patients_plan_takes_no_update() -> None:
     """Local steps and a patient's guarantee cannot be combined: an update has no place in a plan per patient."""
     with pytest.raises(UnsupportedEvent, match="an update of a whole site where the unit is the patient"):
         clipped_update(np.zeros(2000), PLAN)
-    assert clipped_update(np.zeros(2000), SITE_PLAN).tolist() == [0.0] * 2000
+    assert clipped_update(np.zeros(2000), SITE_PLAN).values.tolist() == [0.0] * 2000
 
 
 def test_a_site_costs_what_it_costs_without_sampling() -> None:

@@ -49,8 +49,8 @@ def test_json(ran) -> None:
     0.78 is five standard deviations of the noise below the measured mean, a false-alarm probability below 1e-6.
     """
     result, _, _ = ran
-    assert list(result) == ["backend", "rounds", "sites", "metrics", "seconds"]
-    assert (result["backend"], result["rounds"]) == ("masked", 10)
+    assert list(result) == ["backend", "mode", "rounds", "sites", "metrics", "seconds"]
+    assert (result["backend"], result["mode"], result["rounds"]) == ("masked", "local", 10)
     assert {site["name"]: site["patients"] for site in result["sites"]} == PATIENTS
     for site in result["sites"]:
         assert list(site) == ["name", "patients", "epsilon", "delta", "bytes_sent", "survived"]
@@ -199,3 +199,25 @@ def test_a_hospital_that_fails_in_each_other_phase(tmp_path: Path, phase: str) -
     result, printed, _ = demo(tmp_path, "--drop", f"hungary:{phase}")
     assert [site["survived"] for site in result["sites"]] == [True, False, True, True]
     assert f"Round 5: hungary stopped answering in {phase}; the round released the sum of" in printed
+
+
+@pytest.mark.parametrize(("mode", "ledger"), [("shared", "ledger.sqlite"), ("site", "ledger.site.sqlite")])
+def test_noise_that_hospitals_share(tmp_path, mode: str, ledger: str) -> None:
+    """With shared noise a run in which a hospital fails is finished by the others, nobody spends more than its budget,
+    and each ledger has the sums' real noise: with three parts in them after the failure."""
+    result, shown, kept = demo(tmp_path, "--mode", mode, "--rounds", "3", "--drop", "va:CollectingMaskedInputs")
+    assert (result["mode"], result["rounds"]) == (mode, 3)
+    assert "noise that they share" in shown.replace("\n", " ")
+    for site in result["sites"]:
+        gone = site["name"] == "va"
+        assert site["survived"] is not gone
+        found = verify(read_ledger(kept / site["name"] / ledger))
+        found.check("ledger")
+        reserved = [entry for entry in found.entries if entry["kind"] == "reserve"]
+        assert {(entry["unit"], entry["mode"]) for entry in reserved} == {
+            ("site" if mode == "site" else "patient", mode)
+        }
+        realised = [entry["realised"]["survivors"] for entry in found.entries if entry["kind"] == "sent"]
+        assert realised == ([4] if gone else [4, 3, 3])
+        assert site["epsilon"] <= 1
+        assert (site["epsilon"] > 0.95) is not gone

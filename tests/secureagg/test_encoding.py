@@ -1,6 +1,7 @@
 """Floats to ring integers and back."""
 
 from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 import pytest
@@ -14,6 +15,7 @@ from secureagg import (
     FixedPoint,
     Lane,
     ParameterError,
+    RingElements,
     RoundParameters,
     ShapeMismatch,
     ValueOutOfRange,
@@ -158,3 +160,42 @@ def test_mean_of_no_weight_is_undefined() -> None:
     with pytest.raises(ParameterError, match="weights add up to 0"):
         decode_total(ring_lane, np.zeros(1, np.int64), survivors=3, weight=0)
     assert decode_total(ring_lane, np.array([10], np.int64), survivors=3, weight=5)[0] == pytest.approx(2 / 32767)
+
+
+def ring_elements(bits: int, length: int = 3) -> Lane:
+    """A lane of elements that the caller has encoded."""
+    return Lane(name="noised", length=length, encoding=RingElements(ring_bits=bits))
+
+
+@given(st.integers(8, 63), st.data())
+def test_ring_elements_travel_as_they_are(bits: int, data: Any) -> None:
+    """Elements that the caller has encoded are neither rounded nor clipped, in the lane's own ring whatever the cohort,
+    and their total is centred around 0."""
+    values = data.draw(st.lists(st.integers(0, 2**bits - 1), min_size=3, max_size=3))
+    made = build((ring_elements(bits),), None)
+    assert made.lanes["noised"].ring_bits == bits
+    encoded = encode_input(made, {"noised": np.array(values, np.uint64)})
+    assert encoded.vectors["noised"].tolist() == values
+    centred = [value - 2**bits * (value >= 2 ** (bits - 1)) for value in values]
+    assert made.lanes["noised"].lift(encoded.vectors["noised"]).tolist() == centred
+
+
+@pytest.mark.parametrize("value", [-1, 1 << 20])
+def test_ring_elements_are_of_their_ring(value: int) -> None:
+    """An integer outside the ring is refused, not reduced."""
+    with pytest.raises(ValueOutOfRange, match="lane noised, index 1: found an integer"):
+        encode_input(build((ring_elements(20),), None), {"noised": np.array([0, value, 0])})
+
+
+@pytest.mark.parametrize("options", [{"weighted": True}, {"minimum_ring_bits": 30}])
+def test_ring_elements_have_no_weight_and_one_ring(options: dict[str, Any]) -> None:
+    """A weight would multiply the noise, and another ring would not wrap where its parts did."""
+    with pytest.raises(ParameterError, match="have their own ring and no weight"):
+        Lane(name="noised", length=3, encoding=RingElements(ring_bits=20), **options)
+
+
+@pytest.mark.parametrize("bits", [7, 64])
+def test_ring_elements_fit_a_total(bits: int) -> None:
+    """Rings of 8 to 63 bits, whose totals a signed word of 64 bits holds."""
+    with pytest.raises(ParameterError, match=f"found {bits} ring bits, expected 8 to 63"):
+        RingElements(ring_bits=bits)
