@@ -30,9 +30,9 @@ from secureagg.homomorphic import (
     Bfv,
     CiphertextSum,
     SecretKey,
-    apply_masks,
     decrypted_totals,
     masked_and_encrypted,
+    unmask_sum,
 )
 from secureagg.masking import MaskKey
 from secureagg.slots import SLOTS, SlotLayout
@@ -121,7 +121,7 @@ def measure(length: int, repeats: int) -> dict[str, float]:
                 sites[name].append(site)
                 sums[name].append(added)
     ours = sides["ours"]
-    masks_off = seconds(lambda: apply_masks(ours.total, ours.layout, ours.masks))
+    masks_off = seconds(lambda: unmask_sum(ours.total, ours.layout, ours.masks))
     figures = {
         "bytes per parameter": sum(map(len, sent["ours"])) / length,
         "CKKS, bytes per parameter": len(sent["symmetric"]) / length,
@@ -159,7 +159,7 @@ def errors(length: int, updates: list[np.ndarray]) -> tuple[float, float]:
         ours.add(list(masked_and_encrypted(ours.key, ours.layout, vectors, ours.masks)))
         theirs.add(theirs.site(update))
     taken_off = [(key, -sign) for key, sign in ours.masks] * len(updates)
-    apply_masks(ours.total, ours.layout, taken_off)
+    unmask_sum(ours.total, ours.layout, taken_off)
     error = np.abs(ours.decrypt(len(updates)) - expected).max()
     return float(error), float(np.abs(theirs.decrypt() - sum(updates)).max())
 

@@ -260,8 +260,11 @@ def masked_and_encrypted(
             yield key.encrypt(row)
 
 
-def apply_masks(total: CiphertextSum, layout: SlotLayout, masks: Iterable[MaskKey], *, spread: Spread = map) -> None:
-    """Add or subtract ``masks`` to the sum of all ciphertexts: to take off those that did not cancel.  Only once."""
+def unmask_sum(total: CiphertextSum, layout: SlotLayout, masks: Iterable[MaskKey], *, spread: Spread = map) -> None:
+    """Take off the masks that did not cancel, each with the sign that undoes it, from the sums of all ciphertexts.
+
+    Only once: the room for noise is that of one plaintext.
+    """
     keys = list(masks)
     for rows in layout.blocks():
         slots = np.zeros(len(rows) * SLOTS, np.uint64)

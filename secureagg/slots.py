@@ -40,7 +40,7 @@ from secureagg.parameters import RoundParameters
 SLOTS: Final = 4096  # of one ciphertext, N: with a q of 60 bits, well over 128 bits of security
 COEFFICIENT_MODULUS: Final = 2**60 - 16383  # q: the largest prime below 2^60 that is 1 modulo 2N, as SEAL wants it
 LARGEST_ERROR: Final = 21  # of one coefficient of a fresh ciphertext
-MINIMUM_SLOT_BITS: Final = 40  # 20,000 sites
+MINIMUM_SLOT_BITS: Final = 40  # 24,000 sites
 
 _WORD: Final = np.dtype("<u8")
 _ROWS_AT_ONCE: Final = block_words(_WORD) // SLOTS

@@ -1,5 +1,6 @@
 """Sums of ciphertexts: exact at every size, nothing foreign parsed by SEAL, and no more memory for a longer input."""
 
+import dataclasses
 import os
 import subprocess
 import sys
@@ -13,6 +14,7 @@ from hypothesis import strategies as st
 from support.slots import round_parameters, vectors_of
 
 from secureagg import LocalProtocolError, MalformedMessage, ParameterError, homomorphic
+from secureagg.agreement import encryption_key_seed
 from secureagg.homomorphic import (
     FRESH_BYTES,
     KEY_SEED_BYTES,
@@ -20,9 +22,9 @@ from secureagg.homomorphic import (
     Bfv,
     CiphertextSum,
     SecretKey,
-    apply_masks,
     decrypted_totals,
     masked_and_encrypted,
+    unmask_sum,
 )
 from secureagg.slots import COEFFICIENT_MODULUS, SLOTS, SlotLayout
 
@@ -124,7 +126,7 @@ def test_a_round_gives_the_masked_backends_totals() -> None:
         masks += [(shared, -1) for (_, other), shared in pairwise.items() if other == site]
         for number, ciphertext in enumerate(masked_and_encrypted(key, layout, vector, masks)):
             total.add(number, ciphertext, who="site")
-    apply_masks(total, layout, [(own, -1) for own in self_keys])
+    unmask_sum(total, layout, [(own, -1) for own in self_keys])
     ciphertexts = [total.ciphertext(number) for number in range(layout.ciphertexts)]
     found = decrypted_totals(key, layout, ciphertexts, survivors=3, who="sum")
     for name, ring_lane in parameters.lanes.items():
@@ -290,6 +292,46 @@ def test_without_tenseal_the_error_names_the_extra(monkeypatch: pytest.MonkeyPat
         Bfv(BITS)
     monkeypatch.undo()
     homomorphic._seal.cache_clear()
+
+
+def test_a_system_without_files_in_memory_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where SEAL's bytes would have to go through a disk, there are no homomorphic sums."""
+    monkeypatch.delattr(os, "memfd_create")
+    homomorphic._seal.cache_clear()
+    with pytest.raises(ParameterError, match="expected Linux"):
+        Bfv(BITS)
+    monkeypatch.undo()
+    homomorphic._seal.cache_clear()
+
+
+def test_another_format_of_a_sum_is_noticed_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same for what SEAL writes of a sum."""
+    around = Bfv._around
+
+    def other(self: Bfv, coefficients: int) -> bytes:
+        expected = around(self, coefficients)
+        return expected if coefficients == SLOTS else expected[:-1] + b"\x01"
+
+    monkeypatch.setattr(Bfv, "_around", other)
+    with pytest.raises(LocalProtocolError, match="another format of a summed"):
+        Bfv(BITS)
+
+
+def test_a_seal_that_adds_wrongly_is_noticed_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A scheme is usable only after a sum of two ciphertexts has decrypted to the sum."""
+    monkeypatch.setattr(SecretKey, "decrypt", lambda *_, **__: np.zeros(SLOTS, np.uint64))
+    with pytest.raises(LocalProtocolError, match="does not decrypt to the sum"):
+        Bfv(BITS)
+
+
+def test_a_rounds_key_is_bound_to_its_context() -> None:
+    """One secret gives every site of a round the same seed, and another round another one."""
+    parameters = round_parameters()
+    following = dataclasses.replace(parameters, round_number=2)
+    seeds = [encryption_key_seed(one, b"s" * 32) for one in (parameters, round_parameters(), following)]
+    assert seeds[0] == seeds[1] != seeds[2]
+    assert encryption_key_seed(parameters, b"t" * 32) != seeds[0]
+    assert len(seeds[0]) == KEY_SEED_BYTES
 
 
 def test_another_format_of_seal_is_noticed_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
