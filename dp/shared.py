@@ -31,8 +31,8 @@ there is no number of local steps, and what is encoded is a ``ClippedSum``: of g
 import math
 import os
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
-from typing import Any, Final, Literal, NewType, get_args
+from dataclasses import dataclass, field, replace
+from typing import Final, Literal, get_args
 
 import numpy as np
 import numpy.typing as npt
@@ -46,13 +46,20 @@ from dp.noise import csprng
 Unit = Literal["patient", "record", "site"]
 Adversary = Literal["outsider", "curious site", "coordinator"]
 ADVERSARIES: Final[tuple[Adversary, ...]] = get_args(Adversary)
-ClippedSum = NewType("ClippedSum", np.ndarray[tuple[Any, ...], np.dtype[np.float64]])
 
 SMALLEST_RING: Final = 8
 LARGEST_RING: Final = 64
 MOST_INFLATION: Final = 0.01
 _FINEST: Final = 1e12  # ring units of the clip norm, in which integer noise costs what it costs in the limit
 _BLOCK: Final = 1 << 14
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class ClippedSum:
+    """What one site adds to one secure sum: ``values`` (d,), float64, in which one unit counts for at most the clip
+    norm.  Made by ``dp.training.clipped_gradient_sum`` and ``clipped_update``; nothing else is ever encoded."""
+
+    values: npt.NDArray[np.float64] = field(repr=False)
 
 
 def unknown_parts(adversary: Adversary, *, survivors: int, colluders: int) -> int:
@@ -330,12 +337,15 @@ def encode(
     ``entropy`` keys the coins of the rounding and the noise, afresh for each call.  Raises UnsupportedEvent for another
     shape and for a coordinate that is not finite.
     """
-    _need(total.shape == (plan.dimensions,), f"a sum of shape {total.shape}", f"({plan.dimensions},)")
+    # Stops an update of several steps, or anything else that was not clipped as the plan counts on.
+    _need(isinstance(total, ClippedSum), f"a {type(total).__name__}", "a ClippedSum, of one step")
+    values = total.values
+    _need(values.shape == (plan.dimensions,), f"a sum of shape {values.shape}", f"({plan.dimensions},)")
     coins = csprng(entropy)
     noise = IntegerNoise(mechanism=plan.mechanism, deviation=plan.local_deviation, entropy=entropy)
     elements = np.empty(plan.dimensions, np.int64)
     for start in range(0, plan.dimensions, _BLOCK):
-        block = total[start : start + _BLOCK]
+        block = values[start : start + _BLOCK]
         _need(bool(np.isfinite(block).all()), "a coordinate that is not finite", "finite numbers")
         block = np.clip(block, -plan.coordinate_clip, plan.coordinate_clip) * plan.scale
         floor = np.floor(block)

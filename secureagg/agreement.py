@@ -63,6 +63,14 @@ def self_mask_key(parameters: RoundParameters, seed: bytes, *, lane: str, site: 
     return _derive(parameters, seed, labels.SELF_MASK, lane.encode(), site.encode())
 
 
+def encryption_key_seed(parameters: RoundParameters, secret: bytes) -> bytes:
+    """The 64-byte seed of a round's key for homomorphic sums, of a ``secret`` that only the cohort's sites have.
+
+    One secret may serve a whole run: each round has a key of its own.
+    """
+    return _derive(parameters, secret, labels.ENCRYPTION_KEY, length=64)
+
+
 def seal_shares(
     parameters: RoundParameters, secret: bytes, shares: bytes, *, sender: SiteId, recipient: SiteId
 ) -> bytes:
@@ -87,10 +95,10 @@ def _share_context(parameters: RoundParameters, sender: SiteId, recipient: SiteI
     return labels.frame(labels.SHARE, parameters.context, sender.encode(), recipient.encode())
 
 
-def _derive(parameters: RoundParameters, secret: bytes, label: bytes, *info: bytes) -> bytes:
+def _derive(parameters: RoundParameters, secret: bytes, label: bytes, *info: bytes, length: int = 32) -> bytes:
     return HKDF(
         algorithm=SHA256(),
-        length=32,
+        length=length,
         salt=parameters.roster.digest,
         info=labels.frame(label, parameters.context, *info),
     ).derive(secret)

@@ -22,6 +22,7 @@ SELF_MASK: Final = VERSION + b"/self-mask"
 SEED_COMMITMENT: Final = VERSION + b"/seed-commitment"
 MASK_KEY_SHARE: Final = VERSION + b"/mask-key-share"
 SELF_SEED_SHARE: Final = VERSION + b"/self-seed-share"
+ENCRYPTION_KEY: Final = VERSION + b"/encryption-key"
 AGGREGATE: Final = VERSION + b"/aggregate"
 
 

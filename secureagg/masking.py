@@ -37,12 +37,15 @@ def masks_of_input(
     return masks
 
 
-def apply_masks(words: Words, masks: Iterable[MaskKey], *, spread: Spread = map) -> None:
-    """Add or subtract each mask's keystream to ``words`` in place, modulo the word; the caller reduces to the ring."""
+def apply_masks(words: Words, masks: Iterable[MaskKey], *, start: int = 0, spread: Spread = map) -> None:
+    """Add or subtract each mask's keystream to ``words`` in place, modulo the word; the caller reduces to the ring.
+
+    ``start``: which element of the masked vector ``words`` begin with, a multiple of 16.
+    """
     keys = list(masks)
 
     def mask(part: slice) -> None:
-        apply = _masks_from(keys, part, words.dtype)
+        apply = _masks_from(keys, slice(part.start + start, part.stop + start), words.dtype)
         for block in _blocks(part, words.dtype):
             apply(words[block])
 

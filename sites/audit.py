@@ -33,8 +33,8 @@ def audit_site(
     privacy, training = site.manifest.privacy, site.manifest.training
     if privacy.mode != "local":
         raise ConfigurationError(
-            f"site {site.name}: privacy mode {privacy.mode} in its manifest, expected local; training without "
-            "differential privacy claims no epsilon that an audit could test"
+            f"site {site.name}: privacy mode {privacy.mode} in its manifest, expected local: what is audited is a "
+            "training whose noise is the site's own"
         )
     data = Examples.of_hospital(hospital_of(site))
     with ledger_of(site, data) as ledger:

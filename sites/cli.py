@@ -358,8 +358,9 @@ def _print_manifest(manifest: "Manifest") -> None:
     from rich.table import Table  # noqa: PLC0415
 
     table = Table(show_header=False, title=f"Consortium {manifest.consortium.name}", title_justify="left")
-    for section in ("policy", "encoding", "evaluation", "training", "privacy", "deadlines"):
-        fields = msgspec.to_builtins(getattr(manifest, section))
+    sections = ("policy", "encoding", "evaluation", "training", "privacy", "noise", "deadlines")
+    tables = msgspec.to_builtins(manifest)
+    for section, fields in ((section, tables[section]) for section in sections if section in tables):
         table.add_row(section, ", ".join(f"{name} {value}" for name, value in fields.items()))
     shapes = ", ".join(f"{tensor.name} {'x'.join(map(str, tensor.shape))}" for tensor in manifest.model.tensors)
     table.add_row("model", shapes)

@@ -206,7 +206,7 @@ class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
     deadlines: Deadlines
     coordinator: CoordinatorTable
     sites: Annotated[list[CardTable], msgspec.Meta(min_length=3, max_length=1000)]
-    noise: Noise | None = None
+    noise: Noise | msgspec.UnsetType = msgspec.UNSET
     signatures: list[Signature] = []
 
     @classmethod
@@ -240,8 +240,7 @@ class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
 
     def save(self, path: Path) -> None:
         """Write the manifest as TOML."""
-        tables = {name: table for name, table in msgspec.to_builtins(self).items() if table is not None}
-        write_atomic(path, tomli_w.dumps(tables).encode())
+        write_atomic(path, tomli_w.dumps(msgspec.to_builtins(self)).encode())
 
     @cached_property
     def canonical(self) -> bytes:
@@ -260,7 +259,7 @@ class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
 
         Raises ManifestError for a plan that does not keep the promise; takes seconds for the first time.
         """
-        if self.noise is None:
+        if not isinstance(self.noise, Noise):
             return None
         from dp.shared import SharedNoisePlan  # noqa: PLC0415
 
@@ -361,8 +360,8 @@ class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
 
     def _check_privacy(self, where: str) -> None:
         mode, unit, steps = self.privacy.mode, self.privacy.unit, self.training.local_steps
-        if self.privacy.shares_noise != (self.noise is not None):
-            found = "none" if self.noise is None else "one"
+        if self.privacy.shares_noise != (self.noise is not msgspec.UNSET):
+            found = "none" if self.noise is msgspec.UNSET else "one"
             raise ManifestError(
                 f"{where}: found {found} as [noise] and mode {mode}, expected one for shared and site only"
             )

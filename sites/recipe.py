@@ -79,7 +79,11 @@ def new_manifest(
     }
     privacy = tables["privacy"]
     if isinstance(privacy, Privacy) and privacy.shares_noise and "noise" not in tables:
-        tables["noise"] = shared_noise(tables, sites=len(cards), dimensions=spec.length, **(noise or {}))
+        tables["noise"] = shared = shared_noise(tables, sites=len(cards), dimensions=spec.length, **(noise or {}))
+        # No round begins that could not end.
+        policy: Any = tables["policy"]
+        least = max(policy.minimum_cohort, len(cards) - shared.max_dropouts)
+        tables["policy"] = msgspec.structs.replace(policy, minimum_cohort=least)
     return Manifest.create(coordinator=coordinator, address=address, cards=cards, **tables)
 
 
@@ -90,7 +94,7 @@ def recipe_of(mode: str) -> tuple[Training, Privacy]:
     try:
         privacy = msgspec.convert({**msgspec.to_builtins(PRIVACY), "mode": mode, "unit": unit}, Privacy)
     except msgspec.ValidationError as error:
-        raise ManifestError(f"privacy mode {mode!r}: {error}") from error
+        raise ManifestError(f"privacy mode: found {mode!r}, expected local, shared, site or none") from error
     return training, privacy
 
 

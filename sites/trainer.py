@@ -389,7 +389,7 @@ class SharedTrainer(Trainer[IntegerEvent]):
         )
         trained = [(name, tensor.numel()) for name, tensor in self._model.named_parameters() if tensor.requires_grad]
         ends = np.cumsum([size for _, size in trained])[:-1]
-        by_name = dict(zip([name for name, _ in trained], np.split(found, ends), strict=True))
+        by_name = dict(zip([name for name, _ in trained], np.split(found.values, ends), strict=True))
         # What is not trained has no gradient.
         parts = [by_name.pop(name, np.zeros(prod(shape))) for name, shape in self._spec.tensors]
         if by_name:

@@ -33,7 +33,7 @@ from support.ledgers import (
 from dp import ledger as ledger_module
 from dp.chain import LABEL, Row, hash_of, new_row
 from dp.errors import LedgerMismatch, LedgerTampered, LedgerUnavailable, ReservationMisused
-from dp.ledger import Ledger, read_export, read_ledger, restore, verify, verify_export
+from dp.ledger import Ledger, events_in, read_export, read_ledger, restore, verify, verify_export
 from secureagg.labels import frame
 
 
@@ -97,7 +97,8 @@ def test_what_a_reservation_says(tmp_path: Path) -> None:
     """Everything that is known of a release and what it was said to cost is in its row; what is not known is not."""
     whole = replace(
         release(1), consortium="c", library_version="0.1", manifest_sha256="e" * 64, cohort=4, threshold=3,
-        max_corrupt=1, clip_norm=0.5, random_generator="AES",
+        max_corrupt=1, clip_norm=0.5, random_generator="AES", mode="shared", sites=5, max_dropouts=1, honest=3,
+        dimensions=14, ring_bits=20, scale=64.0, local_deviation=9.5,
     )  # fmt: skip
     with open_ledger(tmp_path / "x.sqlite") as ledger:
         ledger.reserve(whole, allow)
@@ -414,6 +415,14 @@ def test_one_edit_is_one_problem(path: Path) -> None:
         ([*whole[:2], whole[3], whole[2], *whole[4:]], [(3, "moved")]),
     ):
         assert [(problem.row, problem.what) for problem in verify(changed).problems] == problems
+
+
+def test_events_of_a_ledger_that_was_edited(path: Path) -> None:
+    """Whoever asks a ledger's file what was spent is not told it of rows that the site did not write."""
+    assert len(events_in(path)) > 0
+    with_sqlite(path, "UPDATE rows SET body = replace(body, 'reserved', 'refused') WHERE sequence = 2")
+    with pytest.raises(LedgerTampered, match="row 2: its contents are not those"):
+        events_in(path)
 
 
 def test_a_removed_tail(path: Path) -> None:

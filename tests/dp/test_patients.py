@@ -397,7 +397,7 @@ def summed(model, features, targets, patients, *, loss=squared, q=1.0, seed=0, *
         patients=patients,
         sampling_rate=q,
         **{"clip_norm": 1.0, "max_rows_per_patient": 4, "entropy": CountingEntropy(seed)} | options,
-    )
+    ).values
     assert all(
         torch.equal(a, b) for a, b in zip(copied.state_dict().values(), model.state_dict().values(), strict=True)
     )
@@ -426,7 +426,7 @@ def test_frozen_parameters_have_no_coordinates() -> None:
     part = clipped_gradient_sum(
         model, squared, features, targets, patients=PATIENTS, sampling_rate=1.0, clip_norm=1e3, max_rows_per_patient=4
     )
-    np.testing.assert_allclose(part, whole[12:], rtol=0, atol=3e-3)
+    np.testing.assert_allclose(part.values, whole[12:], rtol=0, atol=3e-3)
     for parameter in model.parameters():
         parameter.requires_grad_(False)
     with pytest.raises(UnsupportedEvent, match="0 coordinates"):

@@ -295,7 +295,7 @@ def test_every_opened_sum_has_the_variance_that_is_planned() -> None:
     parts = [encode(total, plan, entropy=entropy(site)) for site, total in enumerate(totals)]
     for survivors in (4, 5, 6):
         opened = decode(np.sum(parts[:survivors], axis=0, dtype=np.uint64), plan)
-        error = (opened - np.sum(totals[:survivors], axis=0)) * plan.scale
+        error = (opened - np.sum([total.values for total in totals[:survivors]], axis=0)) * plan.scale
         variance = opened_variance("outsider", survivors=survivors, colluders=1, local_deviation=plan.local_deviation)
         assert variance >= 3 * plan.local_deviation**2
         low, high = stats.chi2.ppf([5e-7, 1 - 5e-7], 50_000)
@@ -366,7 +366,7 @@ def test_rings_of_any_width(bits: int) -> None:
     wrapped = np.sum(parts, axis=0, dtype=np.uint64)
     reduced = wrapped & np.uint64(2**bits - 1)
     for words in (wrapped, reduced, reduced.view(np.int64)):
-        assert np.abs(decode(words, plan) - 5 * total).max() < 6 * plan.error_of_sum
+        assert np.abs(decode(words, plan) - 5 * total.values).max() < 6 * plan.error_of_sum
     if bits <= 32:
         assert np.array_equal(decode(reduced.astype(np.uint32), plan), decode(reduced, plan))
 
@@ -427,7 +427,7 @@ def test_updates_are_clipped(values: list[float], clip: float) -> None:
     from fractions import Fraction
 
     plan = replace(SITE_PLAN, clip_norm=clip, coordinate_clip=clip, epsilon=1e9, ring_bits=40)
-    clipped = clipped_update(np.array(values), plan)
+    clipped = clipped_update(np.array(values), plan).values
     assert sum(Fraction(value) ** 2 for value in clipped.tolist()) <= Fraction(clip) ** 2
     norm = math.hypot(*values)
     if norm < 0.999 * clip:
@@ -439,11 +439,17 @@ def test_updates_are_clipped(values: list[float], clip: float) -> None:
 SITE_PLAN = site_plan()
 
 
+def test_only_clipped_sums_are_encoded() -> None:
+    """An array of numbers, such as what several steps have changed, is not taken for one step's clipped sum."""
+    with pytest.raises(UnsupportedEvent, match="found a ndarray, expected a ClippedSum, of one step"):
+        encode(np.zeros(2000), PLAN)  # type: ignore[arg-type]
+
+
 def test_a_patients_plan_takes_no_update() -> None:
     """Local steps and a patient's guarantee cannot be combined: an update has no place in a plan per patient."""
     with pytest.raises(UnsupportedEvent, match="an update of a whole site where the unit is the patient"):
         clipped_update(np.zeros(2000), PLAN)
-    assert clipped_update(np.zeros(2000), SITE_PLAN).tolist() == [0.0] * 2000
+    assert clipped_update(np.zeros(2000), SITE_PLAN).values.tolist() == [0.0] * 2000
 
 
 def test_a_site_costs_what_it_costs_without_sampling() -> None:

@@ -189,7 +189,7 @@ def test_no_privacy_where_the_site_wants_some(tmp_path):
     """A consortium without differential privacy is refused by a site that has limits, however wide."""
     site = make_consortium(tmp_path, privacy=NO_PRIVACY).site_configs["a"]
     rewritten(site, privacy={"mode": "local", "epsilon": 1000.0, "delta": 0.5})
-    with pytest.raises(ManifestError, match="differential privacy: none, expected at most"):
+    with pytest.raises(ManifestError, match="differential privacy: none, expected mode local"):
         open_site(site)
 
 

@@ -11,13 +11,15 @@ from support.consortium import make_consortium
 from dp.accountants import rdp_epsilon
 from dp.errors import BudgetExhausted
 from dp.ledger import read_ledger, verify
-from dp.shared import ADVERSARIES, decode, opened_variance
+from dp.shared import ADVERSARIES, decode, opened_variance, seen_by
 from secureagg import Aggregate, ParameterError, RingElements, encode_input
 from sites import recipe
 from sites.config import open_site, save_config
 from sites.errors import ManifestError
 from sites.manifest import Manifest
 from sites.model_state import ModelSpec
+from sites.reports.page import render
+from sites.reports.reading import facts_of
 from sites.rounds import UPDATE, mean_update, model_spec, round_parameters
 from sites.trainer import Examples, heart_model, trainer_of
 
@@ -86,6 +88,15 @@ def test_the_manifest_holds_the_whole_plan(consortium, tmp_path):
     assert 0.95 < max(plan.epsilons("coordinator")) <= manifest.privacy.epsilon
 
 
+def test_every_number_of_the_noise_is_signed(shared):
+    """A change of any field of the plan gives another digest than the one that sites have signed and pinned."""
+    noise = msgspec.to_builtins(shared.manifest.noise)
+    for name, value in noise.items():
+        other = "discrete gaussian" if isinstance(value, str) else value + 1
+        assert changed(shared.manifest, "noise", **{name: other}).digest != shared.manifest.digest
+    assert len(noise) == 7
+
+
 @pytest.mark.parametrize(
     ("table", "fields", "text"),
     [
@@ -114,7 +125,7 @@ def test_no_plan_that_does_not_keep_the_promise(shared, table, fields, text):
 def test_no_sharing_without_noise(shared):
     """A mode that shares noise needs the plan."""
     with pytest.raises(ManifestError, match=r"found none as \[noise\] and mode shared"):
-        contents(msgspec.structs.replace(shared.manifest, noise=None, signatures=[]))
+        contents(msgspec.structs.replace(shared.manifest, noise=msgspec.UNSET, signatures=[]))
 
 
 @pytest.mark.parametrize("mode", ["shared", "site", "local"])
@@ -209,7 +220,7 @@ def test_several_rows_are_one_patient(tmp_path):
     trainer = trainer_of(site, heart_model(), data, max_rows_per_patient=5)
     with closing(trainer):
         trainer._sampling_rate = 1.0
-        assert np.linalg.norm(trainer._gradient_sum()) <= plan.clip_norm
+        assert np.linalg.norm(trainer._gradient_sum().values) <= plan.clip_norm
 
 
 def test_a_whole_update_is_clipped(tmp_path):
@@ -218,7 +229,7 @@ def test_a_whole_update_is_clipped(tmp_path):
     trainer = trainer_of(open_site(made.site_configs["a"]), heart_model(), examples())
     with closing(trainer):
         trainer._model.load_state_dict(states()[0])
-        norm = np.linalg.norm(trainer._whole_update(states()[0]))
+        norm = np.linalg.norm(trainer._whole_update(states()[0]).values)
         assert made.manifest.privacy.clip_norm * (1 - 1e-6) < norm <= made.manifest.privacy.clip_norm
 
 
@@ -290,6 +301,39 @@ def test_how_a_sum_moves_the_model(consortium):
         assert moved == pytest.approx(-training.learning_rate * np.arange(14) / training.batch_size)
 
 
+def test_a_new_manifest_begins_no_round_that_cannot_end(tmp_path):
+    """Where fewer dropouts are planned for than the policy allows, the least cohort is what the plan needs."""
+    kept = make_consortium(
+        tmp_path,
+        **tables("shared"),
+        noise=recipe.shared_noise(
+            {**tables("shared"), "policy": recipe.POLICY}, sites=4, dimensions=14, max_dropouts=1
+        ),
+    )
+    assert kept.manifest.policy.minimum_cohort == 3
+    cards = [kept.keys[name].card for name in "abcd"]
+    training, privacy = tables("shared").values()
+    made = recipe.new_manifest(
+        name="x",
+        coordinator=kept.keys["sum"].card,
+        address="tcp://127.0.0.1:9",
+        cards=cards,
+        initial=kept.initial_path.read_bytes(),
+        changes={"training": training, "privacy": privacy},
+        noise={"max_dropouts": 0},
+    )
+    assert (made.noise.max_dropouts, made.policy.minimum_cohort) == (0, 4)
+    assert made.policy.minimum_survivors == recipe.POLICY.minimum_survivors
+    with pytest.raises(ManifestError, match="minimum_survivors: found 4, expected at most the cohort size 3"):
+        contents(changed(made, "policy", minimum_cohort=3))
+
+
+def test_a_mode_that_there_is_not():
+    """An unknown mode is named with those that exist."""
+    with pytest.raises(ManifestError, match="found 'nope', expected local, shared, site or none"):
+        recipe.recipe_of("nope")
+
+
 def test_elements_fit_the_round(consortium):
     """What a trainer makes is what its round encodes: no more bits than the ring has."""
     manifest = consortium.manifest
@@ -301,3 +345,32 @@ def test_elements_fit_the_round(consortium):
     encoded = encode_input(parameters, {UPDATE: result.elements})
     assert encoded.vectors[UPDATE].tolist() == result.elements.tolist()
     assert ModelSpec.of(dict(model_spec(manifest).tensors)).length == len(result.elements)
+
+
+# --- what an officer reads ---
+
+
+def test_epsilon_against_each_adversary(shared, tmp_path):
+    """The report recomputes epsilon for each adversary from the parts that were in each sum, or as few as were allowed
+    for where that is not known; against all others together there is none; and it says that the noise is shared."""
+    site = open_site(shared.site_configs["b"])
+    plan, begin = site.manifest.noise_plan, states(5)
+    object.__setattr__(site, "config", msgspec.structs.replace(site.config, ledger=str(tmp_path / "l.sqlite")))
+    with closing(trainer_of(site, heart_model(), examples())) as trainer:
+        for number, survivors in ((1, 4), (2, 3), (3, None)):
+            trainer.train(begin[number], run="run", round_number=number)
+            trainer.mark_sent({("run", number): survivors})
+    facts = facts_of(read_ledger(tmp_path / "l.sqlite"), manifest=site.manifest)
+    booked = plan.event(sampling_rate=recipe.SAMPLING_RATE, steps=1)
+    for who, known in (("outsider", 0), ("curious site", 1), ("coordinator", 1)):
+        events = [seen_by(booked, who, survivors=survivors, colluders=1, honest=plan.honest) for survivors in (4, 3, 3)]
+        variance = [(survivors - known) * plan.local_deviation**2 for survivors in (4, 3, 3)]
+        assert [event.variance for event in events] == pytest.approx(variance)
+        assert facts.against[who] == pytest.approx(rdp_epsilon(events, site.manifest.privacy.delta))
+    assert facts.against["outsider"] < facts.against["coordinator"] < facts.spent
+    assert facts.shared == 3
+    page = " ".join(render(facts).split())
+    assert "The sites share the noise of 3 releases" in page
+    assert "The coordinator and all other sites together</th>" in page
+    assert "no bound" in page
+    assert "adds all of the noise itself" not in page

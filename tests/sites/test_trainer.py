@@ -235,9 +235,9 @@ def test_the_same_round_asked_again(tmp_path, monkeypatch):
     other = again.train(result.state, run="run", round_number=1)
     assert not same(other.state, result.state)
     assert len(releases_in(path)) == 2
-    again.mark_sent({("run", 2), ("other", 1)})
+    again.mark_sent({("run", 2): None, ("other", 1): None})
     assert same(again.train(result.state, run="run", round_number=1).state, other.state)
-    again.mark_sent({("run", 1)})
+    again.mark_sent({("run", 1): None})
     for start in (state, result.state):
         with pytest.raises(ReservationMisused, match="a released round is not trained again"):
             again.train(start, run="run", round_number=1)

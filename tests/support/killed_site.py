@@ -126,7 +126,7 @@ def run_site(folder: Path, last: int | None) -> None:
             (folder / f"sent.{number}.{os.getpid()}").write_bytes(update)
             append(folder / "sent", json.dumps({"round": number, "sha256": sha256(update).hexdigest()}))
             steps.at("sent")
-            trainer.mark_sent({("run", number)})
+            trainer.mark_sent({("run", number): None})
             steps.at("noted")
 
 
