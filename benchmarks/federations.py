@@ -149,7 +149,7 @@ def shared_gradients(
                 entropy=entropies[name],
             )
             if plan is None:
-                clear += total
+                clear += total.values
             else:
                 opened += encode(total, plan, entropy=entropies[name])  # modulo 2^64, and so modulo the ring
         summed = clear if plan is None else decode(opened, plan)
