@@ -17,7 +17,7 @@ from torch import nn
 
 from dp.accountants import noise_multiplier_for
 from dp.events import PoissonSampledGaussian
-from dp.shared import SharedNoisePlan, clipped_update, decode, encode, plan_shared_noise
+from dp.shared import SharedNoisePlan, decode, encode, plan_shared_noise
 from dp.training import Plan, clipped_gradient_sum, train_plain, train_private
 from secureagg.testing import CountingEntropy
 from sites.model_state import ModelSpec, State
@@ -205,26 +205,6 @@ def central(
         noise_multiplier=noise_multiplier,
     )
     return {key: tensor.clone() for key, tensor in model.state_dict().items()}
-
-
-def whole_sites(task: Task, chosen: Configuration, *, plan: SharedNoisePlan, seed: int) -> State:
-    """The model of ``privacy.mode = "site"``: ``plan.steps`` rounds, in each of which every site clips what
-    ``chosen.steps`` steps over all rounds make of the model."""
-    model = task.model(seed)
-    spec = ModelSpec(tuple((name, tuple(parameter.shape)) for name, parameter in model.named_parameters()))
-    vector = spec.flatten(model.state_dict(), who="model")
-    entropies = {name: CountingEntropy(f"site {seed} {name}".encode()) for name in task.sites}
-    for _ in range(plan.steps):
-        opened = np.zeros(spec.length, np.uint64)
-        for name, site in task.sites.items():
-            model.load_state_dict(spec.restore(vector))
-            rate = site_rate(len(site.targets), chosen, sites=len(task.sites), total=task.rows)
-            steps = chosen.steps // plan.steps
-            _train(model, site, chosen, task, rate=rate, steps=steps, epsilon=None, by=entropies[name])
-            moved = spec.flatten(model.state_dict(), who=name).astype(np.float64) - vector
-            opened += encode(clipped_update(moved, plan), plan, entropy=entropies[name])
-        vector = vector + (decode(opened, plan) / len(task.sites)).astype(np.float32)
-    return spec.restore(vector)
 
 
 def _train(

@@ -17,7 +17,7 @@ from scipy.stats import rankdata
 from benchmarks.federations import Configuration, Task, gaussian, plan_of, site_rate
 
 Floats = npt.NDArray[np.float64]
-Column = Literal["local only", "local", "shared", "unshared", "site"]
+Column = Literal["local only", "local", "shared", "unshared"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -115,10 +115,10 @@ def train(column: Column, task: Task, data: Splits, chosen: Configuration, epsil
         )
         return np.broadcast_to(end, (sites, *end.shape))
 
-    def step(number: int, at: Floats, steps: int, noisy: bool) -> Floats:
+    def step(number: int, at: Floats, steps: int) -> Floats:
         rate = site_rate(counts[number], chosen, sites=sites, total=total)
         deviation = None
-        if noisy and epsilon is not None:
+        if epsilon is not None:
             deviation = chosen.clip_norm * gaussian(
                 epsilon=epsilon, delta=task.delta, sampling_rate=rate, steps=chosen.steps
             )
@@ -135,14 +135,12 @@ def train(column: Column, task: Task, data: Splits, chosen: Configuration, epsil
         )
 
     if column == "local only":
-        return np.stack([step(number, start, chosen.steps, True) for number in range(sites)])
+        return np.stack([step(number, start, chosen.steps) for number in range(sites)])
     rounds = max(1, chosen.steps // task.local_steps)
-    if column == "local":
-        for _ in range(rounds):
-            ends = [step(number, start, task.local_steps, True) for number in range(sites)]
-            start = sum(count / total * end for count, end in zip(counts, ends, strict=True))
-        return np.broadcast_to(start, (sites, *start.shape))
-    raise ValueError(column)
+    for _ in range(rounds):
+        ends = [step(number, start, task.local_steps) for number in range(sites)]
+        start = sum(count / total * end for count, end in zip(counts, ends, strict=True))
+    return np.broadcast_to(start, (sites, *start.shape))
 
 
 def judged(data: Splits, weights: Floats) -> tuple[float, float]:
