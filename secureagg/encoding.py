@@ -21,7 +21,8 @@ from secureagg.parameters import RoundParameters
 __all__ = ["Counts", "EncodedInput", "FixedPoint", "Lane", "RingElements", "decode_total", "encode_input"]
 
 _UINT32, _INT32, _INT64 = np.dtype("<u4"), np.dtype("<i4"), np.dtype("<i8")
-_BLOCK_VALUES: Final = 32 * 1024  # the block's buffers stay in cache; a multiple of the cipher's 16 bytes
+# The block's buffers stay in cache, and a second thread has time to work; a multiple of the cipher's 16 bytes.
+_BLOCK_VALUES: Final = 64 * 1024
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -155,13 +156,12 @@ def _encode_block(
     scaled[:] = values
     clipped = 0
     # Two comparisons that a NaN fails too; only then is it worth finding out what is wrong.
-    if not (scaled.max() <= encoding.value_range and scaled.min() >= -encoding.value_range):
+    if not (float(values.max()) <= encoding.value_range and float(values.min()) >= -encoding.value_range):
         clipped = _clip(ring_lane.lane.name, encoding, scaled, start)
-    unit = encoding.levels / encoding.value_range
+    unit, edge = encoding.levels / encoding.value_range * 2.0**32, encoding.levels * 2.0**32
     scaled *= unit
-    if unit * encoding.value_range > encoding.levels:  # the product exceeds the edge by one ulp
-        np.clip(scaled, -encoding.levels, encoding.levels, out=scaled)
-    scaled *= 2.0**32
+    if unit * encoding.value_range > edge:  # by one ulp
+        np.clip(scaled, -edge, edge, out=scaled)
     np.ceil(scaled, out=scaled)
     np.copyto(fixed, scaled, casting="unsafe")
     coins.fill(draws)
