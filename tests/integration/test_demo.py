@@ -201,7 +201,10 @@ def test_a_hospital_that_fails_in_each_other_phase(tmp_path: Path, phase: str) -
     assert f"Round 5: hungary stopped answering in {phase}; the round released the sum of" in printed
 
 
-@pytest.mark.parametrize(("mode", "ledger"), [("shared", "ledger.sqlite"), ("site", "ledger.site.sqlite")])
+@pytest.mark.parametrize(
+    ("mode", "ledger"),
+    [("shared", "ledger.sqlite"), pytest.param("site", "ledger.site.sqlite", marks=pytest.mark.slow)],
+)
 def test_noise_that_hospitals_share(tmp_path, mode: str, ledger: str) -> None:
     """With shared noise a run in which a hospital fails is finished by the others, nobody spends more than its budget,
     and each ledger has the sums' real noise: with three parts in them after the failure."""

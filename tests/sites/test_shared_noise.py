@@ -195,7 +195,7 @@ def test_a_sum_of_sites_is_their_gradients_and_the_planned_noise(shared):
     draws = []
     for trainer in trainers:
         trainer._sampling_rate = 1.0  # everybody, so that the sum is known
-    for _ in range(150):
+    for _ in range(60):
         parts = [np.frombuffer(trainer._update(states()[0], None), "<u8") for trainer in trainers]
         draws.append(decode(np.sum(parts, axis=0, dtype=np.uint64), plan))
     for trainer in trainers:

@@ -82,7 +82,7 @@ from secureagg.phases import (
 from secureagg.testing import CountingEntropy, MemoryJournal
 
 ROUNDS = 3
-EXAMPLES = 500
+EXAMPLES = 300
 SPARSE_EXAMPLES = 200
 STEPS = 40
 
