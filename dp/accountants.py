@@ -122,8 +122,7 @@ class Prv:
         merged = _merged(events, delta)
         if not merged:
             return 0.0, 0.0
-        history = _gaussians(merged)
-        grid = _grid(merged, delta) if history else None
+        grid = _grid(merged, delta)
         if grid is None:
             return 0.0, math.inf
         from prv_accountant import (  # noqa: PLC0415
@@ -132,13 +131,13 @@ class Prv:
             PRVAccountant,
         )
 
-        counts = [steps for _, _, steps in history]
+        counts = [steps for _, _, steps in grid.mechanisms]
         try:
             with _quiet():
                 accountant = PRVAccountant(
                     [
                         GaussianMechanism(z) if q == 1 else PoissonSubsampledGaussianMechanism(q, z)
-                        for q, z, _ in history
+                        for q, z, _ in grid.mechanisms
                     ],
                     eps_error=grid.error,
                     delta_error=_DELTA_SHARE * delta,
@@ -175,15 +174,14 @@ class Pld:
         merged = _merged(events, delta)
         if not merged:
             return 0.0
-        history = _gaussians(merged)
-        grid = _grid(merged, delta) if history else None
+        grid = _grid(merged, delta)
         if grid is None:
             return math.inf
         from dp_accounting.pld import privacy_loss_distribution  # noqa: PLC0415
 
         total = privacy_loss_distribution.identity(grid.mesh)
         try:
-            for q, z, steps in history:
+            for q, z, steps in grid.mechanisms:
                 # Without sampling, many steps are one with less noise.
                 noise, times = (z / math.sqrt(steps), 1) if q == 1 else (z, steps)
                 # What the library tabulates of one step reaches ten deviations far.
@@ -397,17 +395,20 @@ def _integer_divergence(mechanism: IntegerEvent, order: float) -> float:
 
 @dataclass(frozen=True, slots=True)
 class _Grid:
-    """Privacy losses from ``-largest_loss`` to ``largest_loss``, ``mesh`` apart, for an error of ``error``."""
+    """Privacy losses from ``-largest_loss`` to ``largest_loss``, ``mesh`` apart, for an error of ``error``, and whose
+    they are: sampling rate, noise multiplier and steps of each mechanism."""
 
+    mechanisms: Sequence[tuple[float, float, int]]
     largest_loss: float
     mesh: float
     error: float
 
 
 def _grid(history: _History, delta: float) -> _Grid | None:
-    """The grid of Gopi et al. 2021, theorem 5.5 and remark 5.6; None if it would take too long or overflow."""
-    steps = sum(count for _, count in history)
-    if delta < _SMALLEST_DELTA or steps > _MOST_STEPS:
+    """The grid of Gopi et al. 2021, theorem 5.5 and remark 5.6; None if it would take too long or overflow, or if a
+    mechanism is no Gaussian."""
+    mechanisms, steps = _gaussians(history), sum(count for _, count in history)
+    if not mechanisms or delta < _SMALLEST_DELTA or steps > _MOST_STEPS:
         return None
     share = _DELTA_SHARE * delta
     error = RELATIVE_ERROR * max(_rdp_epsilon(history, delta), _LEAST_SCALE)
@@ -417,7 +418,7 @@ def _grid(history: _History, delta: float) -> _Grid | None:
         return None
     mesh = error / math.sqrt(steps / 2 * math.log(12 / share))
     coarser = max(1.0, len(history) * 2 * largest_loss / mesh / _MOST_POINTS)
-    return _Grid(largest_loss, coarser * mesh, coarser * error) if coarser <= _COARSEST else None
+    return _Grid(mechanisms, largest_loss, coarser * mesh, coarser * error) if coarser <= _COARSEST else None
 
 
 @contextmanager

@@ -71,10 +71,9 @@ def encode_input(
             vectors[name], clipped = _encode_fixed_point(ring_lane, lane.encoding, array, entropy(32), spread)
             if lane.encoding.clip:
                 vectors[name + CLIPPED] = _single(parameters.lanes[name + CLIPPED], clipped)
-        elif isinstance(lane.encoding, Counts):
-            vectors[name] = _whole(name, array, most=lane.encoding.maximum).astype(ring_lane.word)
         else:
-            vectors[name] = _whole(name, array, most=(1 << ring_lane.ring_bits) - 1).astype(ring_lane.word)
+            most = lane.encoding.maximum if isinstance(lane.encoding, Counts) else (1 << ring_lane.ring_bits) - 1
+            vectors[name] = _encode_integers(ring_lane, array, most=most)
         if lane.weighted and weight is not None:
             vectors[name] *= vectors[name].dtype.type(weight)
             ring_lane.reduce(vectors[name])
@@ -197,8 +196,9 @@ def _clip(name: str, encoding: FixedPoint, block: npt.NDArray[np.float64], start
     return len(outside)
 
 
-def _whole(name: str, values: npt.NDArray[np.generic], *, most: int) -> npt.NDArray[np.generic]:
-    """``values`` if all are integers from 0 to ``most``."""
+def _encode_integers(ring_lane: RingLane, values: npt.NDArray[np.generic], *, most: int) -> Words:
+    """``values``, which must all be integers from 0 to ``most``, as they are."""
+    name = ring_lane.lane.name
     if not np.issubdtype(values.dtype, np.integer):
         raise ParameterError(f"lane {name}: found dtype {values.dtype}, expected integers")
     outside: npt.NDArray[np.bool_] = np.less(values, 0) | np.greater(values, most)
@@ -210,7 +210,7 @@ def _whole(name: str, values: npt.NDArray[np.generic], *, most: int) -> npt.NDAr
             lane=name,
             index=index,
         )
-    return values
+    return values.astype(ring_lane.word)
 
 
 def _single(ring_lane: RingLane, value: int) -> Words:

@@ -19,6 +19,9 @@ budget_app = typer.Typer(
 out = Console(highlight=False)
 
 LedgerFile = Annotated[Path, typer.Argument(help="A ledger's ledger.sqlite, or what `ledger export` wrote.")]
+RosterFile = Annotated[
+    Path | None, typer.Option(help="A manifest that lists the site: the ledger must be signed by its key.")
+]
 NotedHead = Annotated[str | None, typer.Option(help="A head that was noted earlier: no row up to it may be missing.")]
 
 _ROUNDS_SHOWN: Final = 20
@@ -101,9 +104,7 @@ def plan_command(
 )
 def check_command(
     ledger: LedgerFile,
-    roster: Annotated[
-        Path | None, typer.Option(help="A manifest that lists the site: the ledger must be signed by its key.")
-    ] = None,
+    roster: RosterFile = None,
     head: NotedHead = None,
 ) -> None:
     """Check a ledger without trusting it: chain, signatures, and every claimed epsilon, recomputed.
@@ -145,9 +146,7 @@ def check_command(
 def report_command(
     ledger: LedgerFile,
     target: Annotated[Path, typer.Option("--out", callback=_html, help="The .html file to write.")],
-    roster: Annotated[
-        Path | None, typer.Option(help="A manifest that lists the site: the ledger must be signed by its key.")
-    ] = None,
+    roster: RosterFile = None,
     head: NotedHead = None,
     json_file: Annotated[
         Path | None, typer.Option("--json", help="Also write what the page says to this file.")
@@ -200,8 +199,13 @@ def read_rows(path: Path) -> "list[Row]":
     """The rows of a ledger's file or of an export, unchecked."""
     from dp.ledger import read_export, read_ledger  # noqa: PLC0415
 
-    is_database = path.is_file() and path.read_bytes()[:16] == b"SQLite format 3\0"
+    is_database = path.is_file() and _starts_with(path, b"SQLite format 3\0")
     return read_ledger(path) if is_database or path.suffix == ".sqlite" else read_export(path)
+
+
+def _starts_with(path: Path, beginning: bytes) -> bool:
+    with path.open("rb") as file:
+        return file.read(len(beginning)) == beginning
 
 
 def verified(

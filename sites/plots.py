@@ -58,14 +58,10 @@ def epsilon_plot(after_round: Sequence[float], *, spent: float, budget: float, t
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {_WIDTH} {_HEIGHT}" width="{_WIDTH}" height="{_HEIGHT}" '
         f'font-family="sans-serif" font-size="12">',
         f"<title>{escape(title)}</title>",
-        f'<rect width="{_WIDTH}" height="{_HEIGHT}" fill="white"/>',
-        f'<text x="{_LEFT}" y="24" font-size="14">{escape(title)}</text>',
+        *_heading(title),
     ]
     for value in _ticks(highest):
-        parts += [
-            _line(_LEFT, y(value), _WIDTH - _RIGHT, y(value), "#dddddd"),
-            f'<text x="{_LEFT - 8}" y="{y(value) + 4:.1f}" text-anchor="end">{value:g}</text>',
-        ]
+        parts += _level(_WIDTH - _RIGHT, y(value), f"{value:g}")
     parts += [
         f'<text x="{x(number):.1f}" y="{_HEIGHT - _BOTTOM + 18}" text-anchor="middle">{number:g}</text>'
         for number in _ticks(rounds)
@@ -77,9 +73,7 @@ def epsilon_plot(after_round: Sequence[float], *, spent: float, budget: float, t
         _line(_LEFT, y(budget), _WIDTH - _RIGHT, y(budget), "#b3261e", 'stroke-dasharray="6 4"'),
         f'<text x="{_LEFT + 6}" y="{y(budget) - 6:.1f}" fill="#b3261e">budget {budget:g}</text>',
         f'<polyline points="{corners}" fill="none" stroke="#1f5fa8" stroke-width="2"/>',
-        f'<text x="{(_LEFT + _WIDTH - _RIGHT) / 2}" y="{_HEIGHT - 12}" text-anchor="middle">rounds</text>',
-        f'<text x="16" y="{(_TOP + _HEIGHT - _BOTTOM) / 2}" text-anchor="middle" '
-        f'transform="rotate(-90 16 {(_TOP + _HEIGHT - _BOTTOM) / 2})">epsilon</text>',
+        *_captions(_WIDTH - _RIGHT, "rounds", "epsilon"),
         "</svg>",
     ]
     return "\n".join(parts) + "\n"
@@ -186,25 +180,15 @@ def comparison_plot(
     def y(value: float) -> float:
         return bottom - (bottom - _TOP) * (value - lowest) / (highest - lowest)
 
-    parts = [
-        f'<rect width="{_WIDTH}" height="{_HEIGHT}" fill="white"/>',
-        f'<text x="{_LEFT}" y="24" font-size="14">{escape(title)}</text>',
-    ]
+    parts = _heading(title)
     for number in range(round((highest - lowest) / step) + 1):
         value = lowest + number * step
-        parts += [
-            _line(_LEFT, y(value), right, y(value), "#dddddd"),
-            f'<text x="{_LEFT - 8}" y="{y(value) + 4:.1f}" text-anchor="end">{value:.4g}</text>',
-        ]
+        parts += _level(right, y(value), f"{value:.4g}")
     parts += [
         f'<text x="{x(place):.1f}" y="{bottom + 18}" text-anchor="middle">{escape(name)}</text>'
         for place, name in enumerate(places)
     ]
-    middle = (_TOP + bottom) / 2
-    parts += [
-        f'<text x="{(_LEFT + right) / 2}" y="{_HEIGHT - 12}" text-anchor="middle">{escape(across)}</text>',
-        f'<text x="16" y="{middle}" text-anchor="middle" transform="rotate(-90 16 {middle})">{escape(up)}</text>',
-    ]
+    parts += _captions(right, across, up)
     lines = [*series, *levels]
     for number, name in enumerate(lines):
         colour, dashes = _COLOURS[number % len(_COLOURS)], "6 4" if name in levels else _DASHES[number % len(_DASHES)]
@@ -308,6 +292,31 @@ def _highest(values: Sequence[float], refused: Sequence[float]) -> float:
     most = max((value for value in values if math.isfinite(value)), default=0.0)
     asked = max((value for value in refused if math.isfinite(value)), default=0.0)
     return 1.15 * (max(most, min(asked, _REFUSED_ABOVE * most)) if most > 0 else asked)
+
+
+def _heading(title: str) -> list[str]:
+    """A large picture's ground and title."""
+    return [
+        f'<rect width="{_WIDTH}" height="{_HEIGHT}" fill="white"/>',
+        f'<text x="{_LEFT}" y="24" font-size="14">{escape(title)}</text>',
+    ]
+
+
+def _level(right: float, y: float, text: str) -> list[str]:
+    """A large picture's line at one value, and the value."""
+    return [
+        _line(_LEFT, y, right, y, "#dddddd"),
+        f'<text x="{_LEFT - 8}" y="{y + 4:.1f}" text-anchor="end">{text}</text>',
+    ]
+
+
+def _captions(right: float, across: str, up: str) -> list[str]:
+    """What a large picture's axes show."""
+    middle = (_TOP + _HEIGHT - _BOTTOM) / 2
+    return [
+        f'<text x="{(_LEFT + right) / 2}" y="{_HEIGHT - 12}" text-anchor="middle">{escape(across)}</text>',
+        f'<text x="16" y="{middle}" text-anchor="middle" transform="rotate(-90 16 {middle})">{escape(up)}</text>',
+    ]
 
 
 def _svg(width: int, height: int, title: str, parts: Sequence[str]) -> str:

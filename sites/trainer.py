@@ -122,6 +122,7 @@ class TrainerOptions(TypedDict, total=False):
     name: Required[str]
     model: Required[nn.Module]
     data: Required[Examples]
+    training: Required[Training]
     privacy: Required[Privacy]
     ledger: Ledger | None
     budget: PrivacyBudget | None
@@ -149,6 +150,7 @@ class Trainer(ABC, Generic[_Event]):
         name: str,
         model: nn.Module,
         data: Examples,
+        training: Training,
         privacy: Privacy,
         ledger: Ledger | None = None,
         budget: PrivacyBudget | None = None,
@@ -174,6 +176,11 @@ class Trainer(ABC, Generic[_Event]):
         self._manifest_sha256 = manifest_sha256
         self._guard: BudgetGuard | None = None
         self.patients = len(set(data.owners))
+        self._plan = Plan(
+            steps=training.local_steps,
+            learning_rate=training.learning_rate,
+            sampling_rate=min(1.0, training.batch_size / self.patients),
+        )
         self.noise_multiplier: float | None = None
         self.delta = privacy.delta
         if privacy.mode != "none":
@@ -287,23 +294,20 @@ class Trainer(ABC, Generic[_Event]):
         """What a sum of so many sites turned out to be, for the ledger."""
         return {"survivors": survivors}
 
-    def _state_of_model(self) -> State:
-        return {name: tensor.detach().clone() for name, tensor in self._model.state_dict().items()}
+    def _train_plain(self) -> None:
+        """Train the model as it is, without privacy."""
+        data = self._data
+        train_plain(self._model, self._loss, data.features, data.targets, plan=self._plan, entropy=self._entropy)
 
 
 class LocalTrainer(Trainer[PoissonSampledGaussian]):
     """Trains by DP-SGD with noise of the site's own, chosen once per run, so that the planned rounds spend what the
     budgets and the ledger leave; with ``privacy.mode == "none"`` without privacy."""
 
-    def __init__(self, *, training: Training, **options: Unpack[TrainerOptions]) -> None:
+    def __init__(self, **options: Unpack[TrainerOptions]) -> None:
         """See ``Trainer``."""
         super().__init__(**options)
-        self._planned_steps = training.rounds * training.local_steps
-        self._plan = Plan(
-            steps=training.local_steps,
-            learning_rate=training.learning_rate,
-            sampling_rate=min(1.0, training.batch_size / self.patients),
-        )
+        self._planned_steps = options["training"].rounds * self._plan.steps
         if self._guard is not None:
             with suppress(BudgetExhausted):  # a run that continues has its noise, another is refused when it trains
                 self._least_noise(self._guard)  # takes seconds once, which the first round must not wait for
@@ -328,15 +332,14 @@ class LocalTrainer(Trainer[PoissonSampledGaussian]):
 
     def _update(self, state: State, event: PoissonSampledGaussian | None) -> bytes:
         self._model.load_state_dict(state)
-        features, targets = self._data.features, self._data.targets
         if event is None:
-            train_plain(self._model, self._loss, features, targets, plan=self._plan, entropy=self._entropy)
+            self._train_plain()
         else:
             train_private(
                 self._model,
                 self._loss,
-                features,
-                targets,
+                self._data.features,
+                self._data.targets,
                 patients=self._data.owners,
                 plan=self._plan,
                 event=event,
@@ -354,13 +357,11 @@ class SharedTrainer(Trainer[IntegerEvent]):
     """Makes what is private in the sum of all sites only: per round one clipped gradient sum (``privacy.mode ==
     "shared"``) or the whole site's clipped update ("site"), with this site's part of the noise, as ring elements."""
 
-    def __init__(
-        self, *, training: Training, noise: SharedNoisePlan, spec: ModelSpec, **options: Unpack[TrainerOptions]
-    ) -> None:
+    def __init__(self, *, noise: SharedNoisePlan, spec: ModelSpec, **options: Unpack[TrainerOptions]) -> None:
         """``noise``: as all sites have signed it; ``spec``: the order in which the consortium sums the tensors; for the
         rest see ``Trainer``."""
         super().__init__(**options)
-        self._training, self._noise, self._spec = training, noise, spec
+        self._noise, self._spec = noise, spec
         self._sampling_rate = max(noise.sampling_rates)
         self.noise_multiplier = noise.noise_multiplier
 
@@ -398,14 +399,9 @@ class SharedTrainer(Trainer[IntegerEvent]):
 
     def _whole_update(self, state: State) -> ClippedSum:
         """What training moves the model by, clipped."""
-        plan = Plan(
-            steps=self._training.local_steps,
-            learning_rate=self._training.learning_rate,
-            sampling_rate=min(1.0, self._training.batch_size / self.patients),
-        )
-        train_plain(self._model, self._loss, self._data.features, self._data.targets, plan=plan, entropy=self._entropy)
+        self._train_plain()
         before, after = (
-            self._spec.flatten(one, who="trained model").astype(np.float64) for one in (state, self._state_of_model())
+            self._spec.flatten(one, who="trained model").astype(np.float64) for one in (state, self._model.state_dict())
         )
         return clipped_update(after - before, self._noise)
 
@@ -503,6 +499,7 @@ def trainer_of(
         "loss": loss,
         "held_out": held_out,
         "max_rows_per_patient": max_rows_per_patient,
+        "training": site.manifest.training,
         "privacy": privacy,
         "ledger": None if privacy.mode == "none" else ledger_of(site, data),
         # What the data may ever cost is the site's own decision; the manifest says what a run may.
@@ -511,5 +508,5 @@ def trainer_of(
         "manifest_sha256": site.manifest.digest.hex(),
     }
     if noise is None:
-        return LocalTrainer(training=site.manifest.training, **options)
-    return SharedTrainer(training=site.manifest.training, noise=noise, spec=model_spec(site.manifest), **options)
+        return LocalTrainer(**options)
+    return SharedTrainer(noise=noise, spec=model_spec(site.manifest), **options)

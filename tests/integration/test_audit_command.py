@@ -1,13 +1,14 @@
 """`secureagg audit`: a site's own data and training, a signed row in its own ledger, and a status that tells."""
 
 import re
-import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import msgspec
 import pytest
 from support.broken_noise import Removed
+from support.commands import run_command
 from support.consortium import make_consortium
 
 import dp.training
@@ -16,7 +17,6 @@ from dp.accountants import rdp_epsilon
 from dp.audit import AuditPlan, epsilon_lower_bound
 from dp.events import PoissonSampledGaussian
 from dp.ledger import events_in, read_ledger, verify
-from sites import cli
 from sites.config import open_site
 from sites.errors import ConfigurationError
 from sites.recipe import PRIVACY
@@ -29,16 +29,7 @@ QUICK = ("--canaries", "500", "--guesses", "100", "--rounds", "4")
 @pytest.fixture
 def run(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Run:
     """Runs a command in this process; returns its exit status, standard output and standard error."""
-
-    def command(*arguments: object) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["secureagg", *map(str, arguments)])
-        capfd.readouterr()
-        with pytest.raises(SystemExit) as ended:
-            cli.main()
-        captured = capfd.readouterr()
-        return int(ended.value.code or 0), captured.out, captured.err
-
-    return command
+    return partial(run_command, monkeypatch, capfd)
 
 
 def config_in(folder: Path, **changes: msgspec.Struct) -> Path:

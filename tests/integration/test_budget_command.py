@@ -9,13 +9,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from support.commands import run_command
 from support.consortium import make_consortium
 from support.ledgers import allow, open_ledger, release
 
 from dp.budget import BudgetGuard, PrivacyBudget
 from dp.events import PoissonSampledGaussian
 from dp.ledger import Ledger, Release
-from sites import budget_cli, cli
+from sites import budget_cli
 
 Run = Callable[..., tuple[int, str, str]]
 OPTIONS = {"patients": 30, "batch": 8, "rounds": 10, "steps": 2, "epsilon": 1, "delta": 0.001}
@@ -29,14 +30,8 @@ def run(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> R
     def command(**changes: Any) -> tuple[int, str, str]:
         options = {**OPTIONS, **changes}
         words = [f"--{name.replace('_', '-')}={value}" for name, value in options.items() if value is not None]
-        monkeypatch.setattr(sys, "argv", ["secureagg", "budget", "plan", *words])
         monkeypatch.setattr(budget_cli.out, "_width", 160)
-        capfd.readouterr()
-        with pytest.raises(SystemExit) as ended:
-            cli.main()
-        captured = capfd.readouterr()
-        assert "Traceback" not in captured.err + captured.out
-        return int(ended.value.code or 0), captured.out, captured.err
+        return run_command(monkeypatch, capfd, "budget", "plan", *words)
 
     return command
 
@@ -151,12 +146,7 @@ def test_a_file_that_cannot_be_written(run: Run, tmp_path: Path) -> None:
 
 def checked(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], *words: str) -> tuple[int, str, str]:
     """Status, output and error output of `budget check`."""
-    monkeypatch.setattr(sys, "argv", ["secureagg", "budget", "check", *words])
-    capfd.readouterr()
-    with pytest.raises(SystemExit) as ended:
-        cli.main()
-    captured = capfd.readouterr()
-    return int(ended.value.code or 0), captured.out, captured.err
+    return run_command(monkeypatch, capfd, "budget", "check", *words)
 
 
 def test_check(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> None:

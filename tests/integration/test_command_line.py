@@ -6,15 +6,16 @@ import stat
 import subprocess
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
 from safetensors.numpy import save
+from support.commands import run_command
 from support.ledgers import reserve, with_sqlite
 
 from dp.ledger import Ledger, read_ledger, verify
-from sites import cli
 from sites.demo import free_port
 from sites.keys import generate_keys, load_keys, save_keys
 from sites.manifest import Manifest
@@ -26,17 +27,7 @@ NAMES = ("cleveland", "hungary", "va")
 @pytest.fixture
 def run(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Run:
     """Runs a command in this process; returns its exit status, standard output and standard error."""
-
-    def command(*arguments: object) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["secureagg", *map(str, arguments)])
-        capfd.readouterr()
-        with pytest.raises(SystemExit) as ended:
-            cli.main()
-        captured = capfd.readouterr()
-        assert "Traceback" not in captured.err + captured.out
-        return int(ended.value.code or 0), captured.out, captured.err
-
-    return command
+    return partial(run_command, monkeypatch, capfd)
 
 
 def failure(outcome: tuple[int, str, str]) -> str:

@@ -20,6 +20,7 @@ import msgspec
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from support.commands import run_command
 from support.consortium import make_consortium
 from support.ledgers import DATASET, OTHER, SITE, open_ledger, release, with_sqlite
 
@@ -33,7 +34,6 @@ from dp.errors import BudgetExhausted
 from dp.events import PoissonSampledGaussian
 from dp.ledger import Claim, Ledger, Release, read_ledger
 from secureagg.identity import Identity
-from sites import cli
 from sites.recipe import TRAINING
 from sites.reports.checklist import Status, checklist
 from sites.reports.facts import Facts, Verdict
@@ -78,15 +78,8 @@ def report(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.Captur
     def command(ledger: Path, *words: str) -> tuple[int, str, str]:
         target = tmp_path / "report.html"
         target.unlink(missing_ok=True)
-        monkeypatch.setattr(
-            sys, "argv", ["secureagg", "budget", "report", str(ledger), "--out", str(target), *map(str, words)]
-        )
-        capfd.readouterr()
-        with pytest.raises(SystemExit) as ended:
-            cli.main()
-        captured = capfd.readouterr()
-        assert "Traceback" not in captured.err + captured.out
-        return int(ended.value.code or 0), target.read_text() if target.exists() else "", captured.err
+        status, _, error = run_command(monkeypatch, capfd, "budget", "report", ledger, "--out", target, *words)
+        return status, target.read_text() if target.exists() else "", error
 
     return command
 
