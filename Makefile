@@ -24,7 +24,7 @@ test: install
 test-slow: install
 	$(BIN)/python -m pytest -m slow
 
-# Deletes each check of the protocol core and of the privacy budget in turn and wants a test to fail; some twenty minutes on 2 cores.
+# Deletes each check of the protocol core and of the privacy budget in turn and wants a test to fail; well over half an hour on 2 cores.
 mutants: install
 	$(BIN)/python tests/mutants/run.py
 
