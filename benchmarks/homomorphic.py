@@ -26,16 +26,15 @@ from rich.table import Table
 from benchmarks.rounds import LANE, machines
 from secureagg import encode_input
 from secureagg.homomorphic import (
-    KEY_SEED_BYTES,
     Bfv,
     CiphertextSum,
     SecretKey,
-    decrypted_totals,
+    SumReader,
     masked_and_encrypted,
     unmask_sum,
 )
 from secureagg.masking import MaskKey
-from secureagg.slots import SLOTS, SlotLayout
+from secureagg.slots import KEY_SEED_BYTES, SLOTS
 
 SITES = 32
 KINDS = {"symmetric": tenseal.ENCRYPTION_TYPE.SYMMETRIC, "public key": tenseal.ENCRYPTION_TYPE.ASYMMETRIC}
@@ -54,7 +53,7 @@ class Ours:
 
     def __init__(self, length: int) -> None:
         self.parameters = machines(SITES, length).parameters
-        self.layout = SlotLayout.of(self.parameters)
+        self.layout = self.parameters.slot_layout
         self.bfv = Bfv(self.layout.slot_bits)
         self.key = SecretKey(self.bfv, os.urandom(KEY_SEED_BYTES))
         self.masks: list[MaskKey] = [(os.urandom(32), 1 if index % 2 else -1) for index in range(SITES)]
@@ -72,8 +71,10 @@ class Ours:
 
     def decrypt(self, survivors: int) -> np.ndarray:
         """The coordinator returns the aggregate, a site decrypts it."""
-        summed = (self.total.ciphertext(number) for number in range(self.layout.ciphertexts))
-        return decrypted_totals(self.key, self.layout, summed, survivors=survivors, who="sum")[LANE]
+        reader = SumReader(self.key, self.layout)
+        for chunk in self.total.chunks():
+            reader.take(chunk, who="sum")
+        return reader.totals(survivors=survivors)[LANE]
 
 
 class Theirs:

@@ -64,11 +64,13 @@ def self_mask_key(parameters: RoundParameters, seed: bytes, *, lane: str, site: 
 
 
 def encryption_key_seed(parameters: RoundParameters, secret: bytes) -> bytes:
-    """The 64-byte seed of a round's key for homomorphic sums, of a ``secret`` that only the cohort's sites have.
-
-    One secret may serve a whole run: each round has a key of its own.
-    """
+    """The 64-byte seed of a round's key for homomorphic sums, of a ``secret`` that only the cohort's sites have."""
     return _derive(parameters, secret, labels.ENCRYPTION_KEY, length=64)
+
+
+def digest_key(parameters: RoundParameters, secret: bytes) -> bytes:
+    """The 32 bytes that hide an aggregate in its digest from whoever has not that ``secret``."""
+    return _derive(parameters, secret, labels.DIGEST_KEY)
 
 
 def seal_shares(

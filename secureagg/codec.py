@@ -1,7 +1,7 @@
 """Bytes <-> messages, strictly: one encoding per message, nothing but these types, no allocation beyond what arrived.
 
-A message is one MessagePack frame; a masked input has its chunks as further raw frames behind it.  What decodes
-re-encodes to the same bytes, or it is refused.
+A message is one MessagePack frame; a masked input, and an encrypted aggregate, has its chunks as further raw frames
+behind it.  What decodes re-encodes to the same bytes, or it is refused.
 """
 
 from collections.abc import Sequence
@@ -12,7 +12,7 @@ import msgspec
 from secureagg import labels
 from secureagg.errors import MalformedMessage
 from secureagg.identity import Identity, verify
-from secureagg.messages import AnyMessage, MaskedInput, SiteMessage, ToCoordinator, ToSite
+from secureagg.messages import AnyMessage, EncryptedAggregate, MaskedInput, SiteMessage, ToCoordinator, ToSite
 
 HEADER_BYTES: Final = 4 << 20  # a cohort of 1,000 needs a sixteenth of it, or half with 600 neighbours each
 
@@ -25,8 +25,8 @@ _Site = TypeVar("_Site", bound=SiteMessage)
 
 
 def encode(message: AnyMessage) -> list[bytes]:
-    """The frames of ``message``: its MessagePack frame, then a masked input's chunks."""
-    if isinstance(message, MaskedInput):
+    """The frames of ``message``: its MessagePack frame, then its chunks if it has any."""
+    if isinstance(message, MaskedInput | EncryptedAggregate):
         return [_encoder.encode(msgspec.structs.replace(message, chunks=())), *message.chunks]
     return [_encoder.encode(message)]
 
@@ -63,6 +63,8 @@ def _decode(decoder: "msgspec.msgpack.Decoder[_Union]", frames: Sequence[bytes],
     if isinstance(message, MaskedInput) and not streamed:
         if len(frames) - 1 != len(message.chunk_digests):
             raise MalformedMessage(f"masked input: {len(frames) - 1} chunks, expected {len(message.chunk_digests)}")
+        return msgspec.structs.replace(message, chunks=tuple(frames[1:]))
+    if isinstance(message, EncryptedAggregate):
         return msgspec.structs.replace(message, chunks=tuple(frames[1:]))
     if len(frames) > 1:
         raise MalformedMessage(f"message: {len(frames)} frames, expected 1")

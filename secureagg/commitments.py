@@ -20,6 +20,11 @@ def seed_commitment(parameters: RoundParameters, site: SiteId, seed: bytes) -> b
     return labels.digest(labels.SEED_COMMITMENT, parameters.context, site.encode(), seed)
 
 
+def secret_commitment(parameters: RoundParameters, site: SiteId, secret: bytes) -> bytes:
+    """SHA-256 commitment to what a site gives the others to make the encryption key of."""
+    return labels.digest(labels.ENCRYPTION_SECRET, parameters.context, site.encode(), secret)
+
+
 def share_commitments(
     parameters: RoundParameters, *, owner: SiteId, holder: SiteId, mask_key: bytes, self_seed: bytes
 ) -> bytes:

@@ -3,15 +3,17 @@
     AdvertisingKeys -> SharingKeys -> CollectingMaskedInputs -> CheckingConsistency -> Unmasking
                     -> CoordinatorFinished, or Aborted
 
+With the homomorphic backend, Unmasking -> Decrypting (-> Opening) -> CoordinatorFinished: sites open the sum.
+
 What an honest coordinator checks, it checks so that one bad site cannot spoil the round for the others: a bad message
 is refused with the state unchanged.  A phase ends when everyone still expected has answered, or when ``close_phase``
 says that the time is up; then the round goes on with those who answered, or ends without a release.
 
-Who holds shares of whom is what tells the sparse graph from the complete one; ``COMPLETE`` and ``SPARSE`` at the end
-say which message is collected when.
+Who holds shares of whom is what tells the sparse graph from the complete one; ``COMPLETE``, ``SPARSE`` and
+``HOMOMORPHIC`` at the end say which message is collected when.
 """
 
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Mapping
 from collections.abc import Set as AbstractSet
 from copy import copy
@@ -21,33 +23,38 @@ from tempfile import TemporaryFile
 from typing import Any, Final
 
 import msgspec
-import numpy as np
 
 from secureagg import labels
-from secureagg.agreement import KeyPair, pairwise_mask_key, self_mask_key
+from secureagg.aggregate import aggregate_of
+from secureagg.agreement import KeyPair, digest_key, encryption_key_seed, pairwise_mask_key, self_mask_key
 from secureagg.codec import check_signature, encode
-from secureagg.commitments import COMMITMENTS_BYTES, check_share_commitments, seed_commitment
-from secureagg.encoding import decode_total
+from secureagg.commitments import COMMITMENTS_BYTES, check_share_commitments, secret_commitment, seed_commitment
 from secureagg.errors import (
     AuthenticationFailed,
     DuplicateMessage,
     MalformedMessage,
-    ParameterError,
     RoundAborted,
     SecureAggregationError,
     ThresholdNotMet,
     UnexpectedMessage,
 )
+from secureagg.homomorphic import Bfv, CiphertextSum, SecretKey, SumReader, unmask_sum
 from secureagg.identity import SiteId, verify
 from secureagg.keystream import Spread
-from secureagg.lanes import CANARY, WEIGHT
-from secureagg.masking import MaskKey, pairwise_sign, unmasked_total
+from secureagg.lanes import CANARY
+from secureagg.masking import SLOTS_LANE, MaskKey, pairwise_sign, unmasked_total
 from secureagg.messages import (
     Acknowledgement,
     AcknowledgementList,
+    AggregateAgreement,
+    AggregateSignature,
     CohortKeys,
+    EncryptedAggregate,
     EncryptedShares,
     KeyAdvertisement,
+    KeyedDelivery,
+    KeyedShares,
+    KeyRelease,
     MaskedInput,
     RoundFailed,
     RoundReceipt,
@@ -78,11 +85,13 @@ from secureagg.phases import (
     CoordinatorFinished,
     CoordinatorPhase,
     Dealing,
+    Decrypting,
+    Opening,
     SharingKeys,
     Unmasking,
 )
 from secureagg.shamir import check_share, lagrange_coefficients, reconstruct
-from secureagg.upload import Spool, Upload
+from secureagg.upload import Spool, Upload, empty_sums
 
 __all__ = ["MESSAGE_OF_PHASE", "Aggregate", "Coordinator", "Outbound"]
 
@@ -106,7 +115,7 @@ class Coordinator:
         self._parameters = parameters
         self._spread = spread
         self._spool = spool
-        self._collectors = COMPLETE if parameters.neighbours is None else SPARSE
+        self._collectors = _collectors(parameters)
         self._phase: CoordinatorPhase = AdvertisingKeys()
         self._gone: set[SiteId] = set()
         self._coefficients = cache(lagrange_coefficients)  # on the complete graph all secrets share one set
@@ -135,6 +144,8 @@ class Coordinator:
                 asked = (site for site, _ in survivors.survivors)
             case Unmasking(signers=signers):
                 asked = signers
+            case Decrypting(asked=asked) | Opening(asked=asked):
+                pass
             case _:
                 return frozenset()
         return frozenset(asked) - self._phase.received.keys() - self._gone
@@ -221,6 +232,10 @@ class Coordinator:
             raise MalformedMessage(
                 f"{who}: share commitments for {len(committed)} holders, expected {COMMITMENTS_BYTES} bytes for each "
                 f"of {len(holders)}"
+            )
+        if isinstance(message, KeyedShares) and len(message.secret_commitment) != DIGEST_BYTES:
+            raise MalformedMessage(
+                f"{who}: a commitment of {len(message.secret_commitment)} bytes, expected {DIGEST_BYTES}"
             )
         phase.received[message.sender] = message
 
@@ -313,6 +328,17 @@ class Coordinator:
                 )
         phase.received[message.sender] = message
 
+    def _collect_digest(self, phase: Decrypting, message: AggregateSignature, who: str) -> None:
+        if len(message.aggregate_digest) != DIGEST_BYTES:
+            raise MalformedMessage(f"{who}: a digest of {len(message.aggregate_digest)} bytes, expected {DIGEST_BYTES}")
+        phase.received[message.sender] = message
+
+    def _collect_key(self, phase: Opening, message: KeyRelease, who: str) -> None:
+        dealer = min(phase.dealings)
+        if secret_commitment(self._parameters, dealer, message.secret) != phase.dealings[dealer].secret_commitment:
+            raise AuthenticationFailed(f"{who}: not the secret that {dealer} committed to")
+        phase.received[message.sender] = message
+
     # --- ending a phase: go on with those who answered ---
 
     def _end_phase(self, phase: CollectingPhase) -> list[Outbound]:
@@ -326,7 +352,7 @@ class Coordinator:
         return outbound
 
     def _next(self, phase: CollectingPhase) -> tuple[CoordinatorPhase, list[Outbound]]:
-        context, received = self._parameters.context, sorted(phase.received)
+        received = phase.received
         # The signatures and unmask shares need the threshold only; until then a set is formed that the sum is over.
         forming = isinstance(phase, AdvertisingKeys | SharingKeys | CollectingMaskedInputs)
         needed = self._parameters.minimum_survivors if forming else self._parameters.threshold
@@ -335,30 +361,41 @@ class Coordinator:
                 f"coordinator, {type(phase).__name__}: {len(received)} of {len(self._parameters.cohort)} sites "
                 f"answered, expected at least {needed}"
             )
+        result: tuple[CoordinatorPhase, list[Outbound]]
         match phase:
             case AdvertisingKeys():
-                return self._keys_shown(phase)
+                result = self._keys_shown(phase)
             case SharingKeys():
-                return self._shares_delivered(phase)
+                result = self._shares_delivered(phase)
             case CollectingMaskedInputs():
-                return self._survivors_shown(phase)
+                result = self._survivors_shown(phase)
             case CheckingConsistency():
-                return self._shares_asked_for(phase)
+                result = self._shares_asked_for(phase)
             case Unmasking():
-                aggregate = self._unmask(phase)
-                receipt = RoundReceipt(
-                    context=context,
-                    survivors=len(aggregate.survivors),
-                    canary=int(aggregate.totals[CANARY][0]),
-                    aggregate_digest=aggregate.digest,
-                )
-                if self._parameters.neighbours is not None:
-                    receipt = SparseReceipt(
-                        **msgspec.structs.asdict(receipt),
-                        neighbours=self._parameters.neighbours,
-                        threshold=self._parameters.threshold,
-                    )
-                return CoordinatorFinished(aggregate), self._to(received, receipt)
+                result = self._unmasked(phase)
+            case Decrypting():
+                result = self._agreed(phase)
+            case Opening():
+                result = self._released(self._open(phase), phase.received)
+        return result
+
+    def _released(self, aggregate: Aggregate, helped: Iterable[SiteId]) -> tuple[CoordinatorFinished, list[Outbound]]:
+        """Tell those who helped to the end what was released."""
+        survivors = len(aggregate.survivors)
+        receipt = RoundReceipt(
+            context=self._parameters.context,
+            survivors=survivors,
+            # What a coordinator cannot read has been checked by the sites.
+            canary=int(aggregate.totals[CANARY][0]) if aggregate.totals else survivors,
+            aggregate_digest=aggregate.digest,
+        )
+        if self._parameters.neighbours is not None:
+            receipt = SparseReceipt(
+                **msgspec.structs.asdict(receipt),
+                neighbours=self._parameters.neighbours,
+                threshold=self._parameters.threshold,
+            )
+        return CoordinatorFinished(aggregate), self._to(sorted(helped), receipt)
 
     def _keys_shown(self, phase: AdvertisingKeys) -> tuple[SharingKeys, list[Outbound]]:
         """Show everyone the keys of its neighbours."""
@@ -383,6 +420,8 @@ class Coordinator:
         """Hand to each sharer what its dealers sealed for it."""
         committed = {site: dict(message.share_commitments) for site, message in phase.received.items()}
         sealed = {site: dict(message.ciphertexts) for site, message in phase.received.items()}
+        keyed = {site: message for site, message in phase.received.items() if isinstance(message, KeyedShares)}
+        secrets = {site: message.secret_commitment for site, message in keyed.items()}
         sharers = self._recoverable({site: holders.keys() for site, holders in committed.items()}, phase)
         outbound = self._left_out(phase.received.keys() - set(sharers))
         held: defaultdict[SiteId, list[SiteId]] = defaultdict(list)
@@ -396,6 +435,11 @@ class Coordinator:
                 share_commitments=tuple((dealer, committed[dealer][site]) for dealer in dealers),
                 ciphertexts=tuple((dealer, sealed[dealer][site]) for dealer in dealers),
             )
+            if self._parameters.backend == "homomorphic":
+                delivery = KeyedDelivery(
+                    **msgspec.structs.asdict(delivery),
+                    secret_commitments=tuple((dealer, secrets[dealer]) for dealer in dealers),
+                )
             if self._parameters.neighbours is not None:
                 alive = self._parameters.positions_of(committed[site].keys() & set(sharers))
                 delivery = SparseDelivery(**msgspec.structs.asdict(delivery), sharers=alive)
@@ -406,11 +450,11 @@ class Coordinator:
                 seed_commitment=phase.received[site].commitment,
                 share_commitments=committed[site],
                 held=frozenset(held[site]),
+                secret_commitment=secrets.get(site, b""),
             )
             for site in sharers
         }
-        sums = {name: np.zeros(lane.lane.length, lane.word) for name, lane in self._parameters.lanes.items()}
-        return CollectingMaskedInputs(dealings=dealings, sums=sums), outbound
+        return CollectingMaskedInputs(dealings=dealings, sums=empty_sums(self._parameters)), outbound
 
     def _survivors_shown(self, phase: CollectingMaskedInputs) -> tuple[CheckingConsistency, list[Outbound]]:
         """Show the survivors the list of them, or on the sparse graph what those they hold shares of stated."""
@@ -487,9 +531,9 @@ class Coordinator:
         shares = {position: revealed[holder][owner] for position, holder in zip(positions, holders, strict=True)}
         return reconstruct(shares, self._coefficients(positions), owner=owner, who=who), who
 
-    def _unmask(self, phase: Unmasking) -> Aggregate:
-        """Remove from the sum every survivor's self mask and the dropouts' pairwise masks; release it if the canary
-        holds."""
+    def _masks(self, phase: Unmasking) -> Callable[[str], list[MaskKey]]:
+        """What takes off the masks that did not cancel in a lane: each survivor's self mask and each dropout's pairwise
+        masks, from the shares that were revealed."""
         parameters = self._parameters
         survivors = tuple(site for site, _ in phase.survivors.survivors)
         seed_shares = {holder: dict(message.self_seed_shares) for holder, message in phase.received.items()}
@@ -514,35 +558,86 @@ class Coordinator:
                 if peer in dealers or peer in phase.dealings[site].share_commitments
             }
 
-        totals, means = {}, {}
-        for name, ring_lane in parameters.lanes.items():
+        def masks_of(lane: str) -> list[MaskKey]:
             masks: list[MaskKey] = []
             for site, seed in seeds.items():
-                masks.append((self_mask_key(parameters, seed, lane=name, site=site), -1))
+                masks.append((self_mask_key(parameters, seed, lane=lane, site=site), -1))
             for dropout, agreed in secrets.items():
                 for peer, secret in agreed.items():
-                    key_bytes = pairwise_mask_key(parameters, secret, lane=name, one=dropout, other=peer)
+                    key_bytes = pairwise_mask_key(parameters, secret, lane=lane, one=dropout, other=peer)
                     masks.append((key_bytes, -pairwise_sign(peer, dropout)))
-            totals[name] = unmasked_total(ring_lane, phase.sums[name], masks, spread=self._spread)
-        # Stops a sum in which any mask is left, whatever the reason: nothing is released.
-        if int(totals[CANARY][0]) != len(survivors):
-            raise RoundAborted(f"coordinator, Unmasking: the canary lane does not equal the {len(survivors)} survivors")
-        weight = int(totals[WEIGHT][0]) if WEIGHT in totals else None
-        try:
-            for name, ring_lane in parameters.lanes.items():
-                means[name] = decode_total(
-                    ring_lane, totals[name], survivors=len(survivors), weight=weight, spread=self._spread
-                )
-        except ParameterError as error:
-            raise RoundAborted(f"coordinator, Unmasking: {error}") from error
-        little_endian = {name: total.astype("<i8", copy=False) for name, total in totals.items()}
-        parts = [part for name, total in little_endian.items() for part in (name.encode(), total.data)]
-        digest = labels.digest(labels.AGGREGATE, parameters.context, *parts)
-        return Aggregate(totals=totals, means=means, survivors=survivors, digest=digest)
+            return masks
+
+        return masks_of
+
+    def _unmasked(self, phase: Unmasking) -> tuple[Decrypting | CoordinatorFinished, list[Outbound]]:
+        """Take all masks off the sum; release it, or let the sites open it."""
+        parameters, masks_of = self._parameters, self._masks(phase)
+        if isinstance(phase.sums, CiphertextSum):
+            unmask_sum(phase.sums, parameters.slot_layout, masks_of(SLOTS_LANE), spread=self._spread)
+            message = EncryptedAggregate(context=parameters.context, chunks=phase.sums.chunks())
+            asked = frozenset(phase.received)
+            following = Decrypting(phase.dealings, message.chunks, phase.survivors, asked)
+            return following, self._to(sorted(asked), message)
+        totals = {
+            name: unmasked_total(ring_lane, phase.sums[name], masks_of(name), spread=self._spread)
+            for name, ring_lane in parameters.lanes.items()
+        }
+        survivors = tuple(site for site, _ in phase.survivors.survivors)
+        aggregate = aggregate_of(
+            parameters, totals, survivors=survivors, spread=self._spread, who="coordinator, Unmasking"
+        )
+        return self._released(aggregate, phase.received)
+
+    def _agreed(self, phase: Decrypting) -> tuple[Opening | CoordinatorFinished, list[Outbound]]:
+        """Show those who opened the same aggregate that they did."""
+        found = Counter(message.aggregate_digest for message in phase.received.values())
+        digest, count = found.most_common(1)[0]
+        if count < self._parameters.threshold:
+            raise ThresholdNotMet(
+                f"coordinator, Decrypting: {count} of {len(phase.received)} sites opened the same aggregate, expected "
+                f"at least {self._parameters.threshold}"
+            )
+        signatures = tuple(item for _, item in sorted(phase.received.items()) if item.aggregate_digest == digest)
+        agreeing = [item.sender for item in signatures]
+        outbound = self._left_out(phase.received.keys() - set(agreeing))
+        outbound += self._to(agreeing, AggregateAgreement(context=self._parameters.context, signatures=signatures))
+        if self._parameters.release_to == "coordinator":
+            return Opening(phase.dealings, phase.chunks, phase.survivors, frozenset(agreeing), digest), outbound
+        survivors = tuple(site for site, _ in phase.survivors.survivors)
+        finished, receipts = self._released(Aggregate({}, {}, survivors, digest), agreeing)
+        return finished, outbound + receipts
+
+    def _open(self, phase: Opening) -> Aggregate:
+        """Decrypt the sum with the key that the sites released."""
+        parameters, secret = self._parameters, next(iter(phase.received.values())).secret
+        key = SecretKey(Bfv(parameters.slot_layout.slot_bits), encryption_key_seed(parameters, secret))
+        reader = SumReader(key, parameters.slot_layout)
+        for chunk in phase.chunks:
+            reader.take(chunk, who="coordinator, Opening")
+        survivors = tuple(site for site, _ in phase.survivors.survivors)
+        aggregate = aggregate_of(
+            parameters,
+            reader.totals(survivors=len(survivors)),
+            survivors=survivors,
+            digest_key=digest_key(parameters, secret),
+            spread=self._spread,
+            who="coordinator, Opening",
+        )
+        # Stops a sum other than the one that the sites agreed to release.
+        if aggregate.digest != phase.digest:
+            raise RoundAborted("coordinator, Opening: not the aggregate that the sites opened")
+        return aggregate
 
     @staticmethod
     def _to(recipients: Iterable[SiteId], message: ToSite) -> list[Outbound]:
         return [Outbound(recipient, message) for recipient in recipients]
+
+
+def _collectors(parameters: RoundParameters) -> "_Collectors":
+    if parameters.backend == "homomorphic":
+        return HOMOMORPHIC
+    return COMPLETE if parameters.neighbours is None else SPARSE
 
 
 _Collector = Callable[[Coordinator, Any, Any, str], None]
@@ -562,8 +657,21 @@ SPARSE: Final[_Collectors] = {
     (CheckingConsistency, Acknowledgement): Coordinator._collect_acknowledgement,
     (Unmasking, UnmaskShares): Coordinator._collect_unmask_shares,
 }
+HOMOMORPHIC: Final[_Collectors] = {
+    (AdvertisingKeys, KeyAdvertisement): Coordinator._collect_advertisement,
+    (SharingKeys, KeyedShares): Coordinator._collect_shares,
+    (CollectingMaskedInputs, MaskedInput): Coordinator._collect_input,
+    (CheckingConsistency, SurvivorSignature): Coordinator._collect_signature,
+    (Unmasking, UnmaskShares): Coordinator._collect_unmask_shares,
+    (Decrypting, AggregateSignature): Coordinator._collect_digest,
+    (Opening, KeyRelease): Coordinator._collect_key,
+}
 
-# Phase by name, in order -> the messages, one for each graph, by whose absence it shows that a site stopped answering.
-MESSAGE_OF_PHASE: Final[dict[str, tuple[type, type]]] = {
-    phase.__name__: (complete, sparse) for (phase, complete), (_, sparse) in zip(COMPLETE, SPARSE, strict=True)
+# Phase by name, in order -> the messages, of one kind of round each, by whose absence it shows that a site stopped
+# answering.
+MESSAGE_OF_PHASE: Final[dict[str, tuple[type, ...]]] = {
+    phase.__name__: tuple(
+        dict.fromkeys(message for table in (COMPLETE, SPARSE, HOMOMORPHIC) for at, message in table if at is phase)
+    )
+    for phase, _ in HOMOMORPHIC
 }

@@ -34,12 +34,16 @@ import numpy.typing as npt
 from secureagg.errors import LocalProtocolError, MalformedMessage, ParameterError
 from secureagg.keystream import Spread
 from secureagg.lanes import Words
-from secureagg.masking import MaskKey
-from secureagg.slots import COEFFICIENT_MODULUS, SLOTS, SlotLayout, Slots
-
-KEY_SEED_BYTES: Final = 64
-FRESH_BYTES: Final = 8 * SLOTS + KEY_SEED_BYTES  # the seed of c1 is as long as that of a key
-SUMMED_BYTES: Final = 2 * 8 * SLOTS
+from secureagg.masking import MaskKey, apply_masks
+from secureagg.slots import (
+    COEFFICIENT_MODULUS,
+    FRESH_BYTES,
+    KEY_SEED_BYTES,
+    SLOTS,
+    SUMMED_BYTES,
+    SlotLayout,
+    Slots,
+)
 
 # SEAL's formats: a header of 16 bytes is its magic number and version (5 bytes), the compression, two zeros and the
 # size of all.  What SEAL saves is one Zstandard frame of one stored block, since coefficients cannot be compressed.
@@ -83,10 +87,6 @@ class Bfv:
         self._path = f"/proc/self/fd/{self._file.fileno()}"
         self._version = b""
         self._check_seal()
-
-    def check_fresh(self, ciphertext: bytes | memoryview, *, who: str) -> None:
-        """Raise MalformedMessage naming ``who`` unless ``ciphertext`` is a fresh one."""
-        _check(ciphertext, FRESH_BYTES, who=who)
 
     def _encoded(self, slots: Slots) -> _Plaintext:
         """The plaintext of 4,096 slots."""
@@ -242,10 +242,26 @@ class CiphertextSum:
         """The summed ciphertext, to be given to holders of the key."""
         return self._bfv._summed_bytes(self._sum(number))
 
+    def chunks(self) -> tuple[bytes, ...]:
+        """All summed ciphertexts, as ``SumReader`` takes them; the sum is used up, so that it is not there twice."""
+        chunks: list[bytes] = []
+        size = SumReader.CHUNK_CIPHERTEXTS
+        for first in range(0, len(self._sums), size):
+            numbers = range(first, min(first + size, len(self._sums)))
+            chunks.append(b"".join(map(self.ciphertext, numbers)))
+            for number in numbers:
+                self._sums[number] = None
+        return tuple(chunks)
+
     def _sum(self, number: int) -> _Ciphertext:
         if self._sums[number] is None:
             raise LocalProtocolError(f"ciphertext {number}: nothing was added to it yet")
         return self._sums[number]
+
+
+def check_fresh(ciphertext: bytes | memoryview, *, who: str) -> None:
+    """Raise MalformedMessage naming ``who`` unless ``ciphertext`` is a fresh one."""
+    _check(ciphertext, FRESH_BYTES, who=who)
 
 
 def masked_and_encrypted(
@@ -255,7 +271,7 @@ def masked_and_encrypted(
     keys = list(masks)
     for rows in layout.blocks():
         slots = layout.slots_of(vectors, rows)
-        layout.apply_masks(slots, keys, rows, spread=spread)
+        mask_slots(layout, slots, keys, rows, spread=spread)
         for row in slots.reshape(-1, SLOTS):
             yield key.encrypt(row)
 
@@ -268,26 +284,54 @@ def unmask_sum(total: CiphertextSum, layout: SlotLayout, masks: Iterable[MaskKey
     keys = list(masks)
     for rows in layout.blocks():
         slots = np.zeros(len(rows) * SLOTS, np.uint64)
-        layout.apply_masks(slots, keys, rows, spread=spread)
+        mask_slots(layout, slots, keys, rows, spread=spread)
         for number, row in zip(rows, slots.reshape(-1, SLOTS), strict=True):
             total.add_slots(number, row)
 
 
-def decrypted_totals(
-    key: SecretKey, layout: SlotLayout, ciphertexts: Iterable[bytes | memoryview], *, survivors: int, who: str
-) -> dict[str, npt.NDArray[np.int64]]:
-    """Lane name -> the survivors' exact integer sums, from summed ciphertexts without masks, in their order.
+def mask_slots(
+    layout: SlotLayout, slots: Slots, masks: Iterable[MaskKey], rows: range, *, spread: Spread = map
+) -> None:
+    """Add or subtract each mask's keystream to ``slots``, those of the ciphertexts ``rows``, in place."""
+    apply_masks(slots, masks, start=rows.start * SLOTS, spread=spread)
+    slots &= np.uint64((1 << layout.slot_bits) - 1)
 
-    MalformedMessage naming ``who`` if these are not as many summed ciphertexts as the layout has.
-    """
-    sums, found = layout.empty_sums(), 0
-    for found, ciphertext in enumerate(ciphertexts, start=1):
-        if found > layout.ciphertexts:
-            break
-        layout.take_sums(key.decrypt(ciphertext, who=who), range(found - 1, found), sums)
-    if found != layout.ciphertexts:
-        raise MalformedMessage(f"{who}: another number of ciphertexts than expected, which is {layout.ciphertexts}")
-    return layout.totals(sums, survivors=survivors)
+
+class SumReader:
+    """Decrypts a sum without masks, chunk by chunk; in memory are one chunk and the numbers that come of it."""
+
+    CHUNK_CIPHERTEXTS: Final = 16  # 1 MiB
+
+    def __init__(self, key: SecretKey, layout: SlotLayout) -> None:
+        self._key = key
+        self._layout = layout
+        self._sums = layout.empty_sums()
+        self._taken = 0
+
+    @property
+    def whole(self) -> bool:
+        """Whether every ciphertext was taken."""
+        return self._taken == self._layout.ciphertexts
+
+    def take(self, chunk: bytes | memoryview, *, who: str) -> None:
+        """Decrypt the next summed ciphertexts; MalformedMessage naming ``who`` if there are more or fewer than a chunk
+        has, or they are none."""
+        count = min(self.CHUNK_CIPHERTEXTS, self._layout.ciphertexts - self._taken)
+        if not count or len(chunk) != count * SUMMED_BYTES:
+            raise MalformedMessage(
+                f"{who}: {len(chunk)} bytes of ciphertexts, expected {count} of {SUMMED_BYTES} bytes"
+            )
+        for start in range(0, len(chunk), SUMMED_BYTES):
+            slots = self._key.decrypt(memoryview(chunk)[start : start + SUMMED_BYTES], who=who)
+            self._layout.take_sums(slots, range(self._taken, self._taken + 1), self._sums)
+            self._taken += 1
+
+    def totals(self, *, survivors: int) -> dict[str, npt.NDArray[np.int64]]:
+        """Lane name -> the survivors' exact integer sums, once: what was read is used up."""
+        if not self.whole:
+            raise LocalProtocolError(f"sum: {self._taken} of {self._layout.ciphertexts} ciphertexts were taken")
+        sums, self._sums = self._sums, {}
+        return self._layout.totals(sums, survivors=survivors)
 
 
 def _context(slot_bits: int, seal: _Seal, key_seed: bytes | None = None) -> _Context:

@@ -23,7 +23,10 @@ SEED_COMMITMENT: Final = VERSION + b"/seed-commitment"
 MASK_KEY_SHARE: Final = VERSION + b"/mask-key-share"
 SELF_SEED_SHARE: Final = VERSION + b"/self-seed-share"
 ENCRYPTION_KEY: Final = VERSION + b"/encryption-key"
+ENCRYPTION_SECRET: Final = VERSION + b"/encryption-secret"
+DIGEST_KEY: Final = VERSION + b"/digest-key"
 AGGREGATE: Final = VERSION + b"/aggregate"
+OPENED_AGGREGATE: Final = VERSION + b"/opened-aggregate"
 
 
 def frame(*parts: bytes) -> bytes:

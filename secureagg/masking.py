@@ -7,6 +7,7 @@ masked input is uniform whatever x_u is.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Final
 
 import numpy as np
 import numpy.typing as npt
@@ -17,6 +18,8 @@ from secureagg.keystream import Keystream, Spread, block_words, in_parts, parts_
 from secureagg.lanes import RingLane, Words
 from secureagg.packing import pack
 from secureagg.parameters import RoundParameters
+
+SLOTS_LANE: Final = "/slots"  # in place of a lane's name, for the slots of a homomorphic sum, which hold all lanes
 
 MaskKey = tuple[bytes, int]  # a 32-byte AES key, and +1 to add its keystream or -1 to subtract it
 

@@ -165,6 +165,48 @@ class SparseReceipt(RoundReceipt, frozen=True, tag="sparse-receipt", array_like=
     threshold: int
 
 
+# --- what differs with the homomorphic backend ---
+
+
+class KeyedShares(EncryptedShares, frozen=True, tag="keyed-shares", array_like=True, kw_only=True):
+    """Message 1: to each peer's shares, a 32-byte secret is sealed, the same for all; and the commitment to it."""
+
+    secret_commitment: bytes
+
+
+class KeyedDelivery(ShareDelivery, frozen=True, tag="keyed-delivery", array_like=True, kw_only=True):
+    """What each other sharer sealed for one site, and its commitment to the secret in it."""
+
+    secret_commitments: Named
+
+
+class EncryptedAggregate(Message, frozen=True, tag="encrypted-aggregate", array_like=True, kw_only=True):
+    """The sum of all ciphertexts, without masks, for the sites to open.
+
+    Its chunks travel as raw frames behind the message, or one by one; they are empty in its encoding.
+    """
+
+    chunks: tuple[bytes, ...] = ()
+
+
+class AggregateSignature(SiteMessage, frozen=True, tag="aggregate-signature", array_like=True, kw_only=True):
+    """Message 5: digest of the aggregate that the site opened, under a key that only sites have."""
+
+    aggregate_digest: bytes
+
+
+class AggregateAgreement(Message, frozen=True, tag="aggregate-agreement", array_like=True, kw_only=True):
+    """The statements of those who opened the same aggregate."""
+
+    signatures: tuple[AggregateSignature, ...]
+
+
+class KeyRelease(SiteMessage, frozen=True, tag="key-release", array_like=True, kw_only=True):
+    """Message 6, where the coordinator is given the aggregate too: what the encryption key is made of."""
+
+    secret: bytes
+
+
 class RoundFailed(Message, frozen=True, tag="round-failed", array_like=True, kw_only=True):
     """The round ended without a release; ``code`` is that of the error."""
 
@@ -180,6 +222,9 @@ ToCoordinator = (
     | SparseAdvertisement
     | SparseInput
     | Acknowledgement
+    | KeyedShares
+    | AggregateSignature
+    | KeyRelease
 )
 ToSite = (
     CohortKeys
@@ -193,6 +238,9 @@ ToSite = (
     | SparseSurvivors
     | AcknowledgementList
     | SparseReceipt
+    | KeyedDelivery
+    | EncryptedAggregate
+    | AggregateAgreement
 )
 AnyMessage = ToCoordinator | ToSite
 

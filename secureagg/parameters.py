@@ -17,13 +17,14 @@ from dataclasses import dataclass, field
 from fractions import Fraction
 from functools import cached_property
 from types import MappingProxyType
-from typing import Final, Literal, Self, TypedDict, Unpack
+from typing import Final, Literal, Self, TypedDict, Unpack, get_args
 
 from secureagg import labels
 from secureagg.errors import ParameterError
 from secureagg.graph import check_neighbours, choose_neighbourhood, least_honest_survivors
 from secureagg.identity import Roster, SiteId
 from secureagg.lanes import CANARY, CLIPPED, WEIGHT, Counts, FixedPoint, Lane, RingElements, RingLane, integer
+from secureagg.slots import FRESH_BYTES, SlotLayout
 
 MINIMUM_COHORT: Final = 3
 MAXIMUM_COHORT: Final = 1000  # on the complete graph, whose shares grow with the square of the cohort
@@ -32,6 +33,8 @@ COMPLETE_UP_TO: Final = 100  # sites, unless it is asked for beyond
 DIGEST_BYTES: Final = 32
 
 Graph = Literal["auto", "complete", "sparse"]
+Backend = Literal["masked", "homomorphic"]
+Release = Literal["coordinator", "sites"]
 
 
 def default_threshold(cohort_size: int) -> int:
@@ -168,6 +171,8 @@ class RoundParameters:
     ``neighbours``: on the sparse graph the number of each site's holders, of whom ``threshold`` suffice; None on the
     complete graph.  ``lanes``: lane name -> lane and ring, in the order in which they travel.  ``model_digest``:
     SHA-256 of the global model.
+    ``backend``: "masked", or "homomorphic" for masked inputs that are encrypted too, whose sum the sites open;
+    ``release_to``: who is given what they opened, "sites" only or the "coordinator" too.
     """
 
     consortium: str
@@ -182,6 +187,8 @@ class RoundParameters:
     max_weight: int | None
     model_digest: bytes = field(repr=False)
     neighbours: int | None = None
+    backend: Backend = "masked"
+    release_to: Release = "coordinator"
 
     @classmethod
     def create(
@@ -195,12 +202,14 @@ class RoundParameters:
         lanes: Iterable[Lane],
         model_digest: bytes,
         max_weight: int | None = None,
+        backend: Backend = "masked",
+        release_to: Release | None = None,
         **thresholds: Unpack[ThresholdOptions],
     ) -> Self:
         """Derive what is not given, add the canary, weight and clip-count lanes, and check the whole.
 
-        For the thresholds and their defaults see ``choose_thresholds``.  Raises ParameterError for a round that is
-        unsafe or could wrap.
+        For the thresholds and their defaults see ``choose_thresholds``.  ``release_to``: "sites" by default where they
+        open the sum.  Raises ParameterError for a round that is unsafe or could wrap.
         """
         members = list(cohort)
         names = tuple(sorted(members))
@@ -209,7 +218,12 @@ class RoundParameters:
         # Stops Sybil sites: nobody outside the pinned roster can be counted towards a threshold.
         if strangers := [site for site in names if site not in roster]:
             raise ParameterError(f"cohort: {', '.join(strangers)} not in the roster of {len(roster)} sites")
+        release_to = _check_backend(backend, release_to)
+        if backend == "homomorphic" and thresholds.get("graph", "auto") == "auto":
+            thresholds["graph"] = "complete"
         chosen = choose_thresholds(len(names), **thresholds)
+        if backend == "homomorphic" and chosen.neighbours is not None:
+            raise ParameterError("graph: found sparse with the homomorphic backend, expected complete")
         round_number = integer(round_number, what="round number")
         max_weight = None if max_weight is None else integer(max_weight, what="max_weight")
         if not 1 <= round_number < 1 << 63:
@@ -218,7 +232,7 @@ class RoundParameters:
             raise ParameterError(f"model digest: {len(model_digest)} bytes, expected {DIGEST_BYTES}")
         if max_weight is not None and max_weight < 1:
             raise ParameterError(f"max_weight: found {max_weight}, expected 1 or more")
-        return cls(
+        made = cls(
             consortium=consortium,
             run=run,
             round_number=round_number,
@@ -231,11 +245,16 @@ class RoundParameters:
             lanes=_ring_lanes(lanes, cohort_size=len(names), max_weight=max_weight),
             max_weight=max_weight,
             model_digest=model_digest,
+            backend=backend,
+            release_to=release_to,
         )
+        if backend == "homomorphic":
+            _ = made.slot_layout  # refuses a cohort that is too large
+        return made
 
     @cached_property
     def digest(self) -> bytes:
-        """SHA-256 over thresholds, weights and lanes."""
+        """SHA-256 over thresholds, weights, lanes and backend."""
         numbers = [self.threshold, self.max_corrupt, self.minimum_survivors, self.max_weight or 0]
         if self.neighbours is not None:
             numbers.append(self.neighbours)
@@ -243,6 +262,8 @@ class RoundParameters:
             struct.pack(f"<{len(numbers)}q", *numbers),
             *(part for ring_lane in self.lanes.values() for part in _lane_parts(ring_lane)),
         ]
+        if self.backend != "masked":
+            parts += [self.backend.encode(), self.release_to.encode()]
         return labels.digest(labels.PARAMETERS, *parts)
 
     @cached_property
@@ -281,9 +302,27 @@ class RoundParameters:
         )
 
     @cached_property
-    def packed_bytes(self) -> int:
-        """Bytes of one site's packed lanes."""
+    def slot_layout(self) -> SlotLayout:
+        """Where the lanes lie in a homomorphic sum; ParameterError if the cohort is too large for one."""
+        return SlotLayout.of(self.lanes, cohort_size=len(self.cohort), max_weight=self.max_weight or 1)
+
+    @cached_property
+    def input_bytes(self) -> int:
+        """Bytes of one site's masked input: packed lanes or ciphertexts."""
+        if self.backend == "homomorphic":
+            return self.slot_layout.ciphertexts * FRESH_BYTES
         return sum(ring_lane.packed_bytes for ring_lane in self.lanes.values())
+
+
+def _check_backend(backend: str, release_to: Release | None) -> Release:
+    if backend not in get_args(Backend):
+        raise ParameterError(f"backend: found {backend!r}, expected one of {', '.join(get_args(Backend))}")
+    if release_to not in (None, *get_args(Release)):
+        raise ParameterError(f"release_to: found {release_to!r}, expected one of {', '.join(get_args(Release))}")
+    # Whoever takes off the masks of the masked backend has the sum.
+    if backend == "masked" and release_to == "sites":
+        raise ParameterError("release_to: found sites with the masked backend, expected the homomorphic one")
+    return release_to or ("sites" if backend == "homomorphic" else "coordinator")
 
 
 def _ring_lanes(lanes: Iterable[Lane], *, cohort_size: int, max_weight: int | None) -> Mapping[str, RingLane]:

@@ -3,9 +3,12 @@
     Created -> AwaitingCohortKeys -> AwaitingShares -> AwaitingInput -> AwaitingSurvivors
             -> AwaitingUnmaskRequest -> AwaitingReceipt -> ParticipantFinished, or Aborted
 
+With the homomorphic backend, AwaitingUnmaskRequest -> AwaitingAggregate -> OpeningAggregate -> AwaitingAgreement
+-> AwaitingReceipt: the site opens the sum, and takes it once enough others have opened the same.
+
 Whatever the coordinator sends is checked against what the site knows by itself.  One bad message ends the round for
-this site: the phase becomes ``Aborted``, which holds no secret, and the error is raised.  ``COMPLETE`` and ``SPARSE``
-at the end are the whole list of what may happen when, on either graph.
+this site: the phase becomes ``Aborted``, which holds no secret, and the error is raised.  ``COMPLETE``, ``SPARSE`` and
+``HOMOMORPHIC`` at the end are the whole list of what may happen when.
 
 A site's ``holders`` have shares of its secrets, its ``dealers`` gave it shares of theirs.  On the complete graph both
 are everyone, the site itself among its holders; on the sparse graph it draws its holders, and those that drew it are
@@ -23,9 +26,10 @@ from typing import Any, Final, Protocol, TypeVar
 import msgspec
 
 from secureagg import labels
-from secureagg.agreement import KeyPair, open_shares, seal_shares
+from secureagg.aggregate import aggregate_of
+from secureagg.agreement import KeyPair, digest_key, encryption_key_seed, open_shares, seal_shares
 from secureagg.codec import check_signature, encode, sign
-from secureagg.commitments import check_share_commitments, seed_commitment, share_commitments
+from secureagg.commitments import check_share_commitments, secret_commitment, seed_commitment, share_commitments
 from secureagg.encoding import EncodedInput
 from secureagg.errors import (
     AuthenticationFailed,
@@ -39,16 +43,23 @@ from secureagg.errors import (
     UnexpectedMessage,
 )
 from secureagg.graph import MOST_DEALERS_PER_NEIGHBOUR, draw_neighbours
+from secureagg.homomorphic import Bfv, SecretKey, SumReader, masked_and_encrypted
 from secureagg.identity import Entropy, Identity, SiteId, verify
 from secureagg.keystream import Spread, parts_of
-from secureagg.masking import masked_and_packed, masks_of_input
+from secureagg.masking import SLOTS_LANE, masked_and_packed, masks_of_input
 from secureagg.messages import (
     Acknowledgement,
     AcknowledgementList,
+    AggregateAgreement,
+    AggregateSignature,
     CohortKeys,
+    EncryptedAggregate,
     EncryptedShares,
     Inclusion,
     KeyAdvertisement,
+    KeyedDelivery,
+    KeyedShares,
+    KeyRelease,
     MaskedInput,
     Positions,
     RoundFailed,
@@ -73,6 +84,8 @@ from secureagg.parameters import DIGEST_BYTES, RoundParameters
 from secureagg.phases import (
     Aborted,
     AwaitingAcknowledgements,
+    AwaitingAggregate,
+    AwaitingAgreement,
     AwaitingCohortKeys,
     AwaitingInput,
     AwaitingReceipt,
@@ -81,6 +94,7 @@ from secureagg.phases import (
     AwaitingUnmaskRequest,
     Created,
     HeldShares,
+    OpeningAggregate,
     ParticipantFinished,
     ParticipantPhase,
 )
@@ -201,11 +215,30 @@ class Participant:
         try:
             if message.context != self._parameters.context:
                 raise UnexpectedMessage(self._who(f"{type(message).__name__} of another round or other parameters"))
-            table = COMPLETE if self._parameters.neighbours is None else SPARSE
-            handler = table.get((type(self._phase), type(message)))
+            handler = _table(self._parameters).get((type(self._phase), type(message)))
             if handler is None:
                 raise UnexpectedMessage(self._who(f"found {type(message).__name__}, which has no place in this phase"))
             phase, replies = handler(self, self._phase, message)
+        except SecureAggregationError as error:
+            self._abort(error)
+            raise
+        replies = self._advance(phase, replies)
+        for chunk in message.chunks if isinstance(message, EncryptedAggregate) else ():
+            replies += self.receive_chunk(chunk)
+        return replies
+
+    def receive_chunk(self, chunk: bytes) -> list[ToCoordinator]:
+        """Take the next chunk of the encrypted aggregate that began to come; returns what to send back.
+
+        Raises as ``receive`` does.
+        """
+        try:
+            if not isinstance(self._phase, OpeningAggregate):
+                raise UnexpectedMessage(self._who("a chunk without an encrypted aggregate that it belongs to"))
+            self._phase.reader.take(chunk, who=self._who("encrypted aggregate"))
+            if not self._phase.reader.whole:
+                return []
+            phase, replies = self._sign_aggregate(self._phase)
         except SecureAggregationError as error:
             self._abort(error)
             raise
@@ -254,6 +287,8 @@ class Participant:
             share(secret, threshold=parameters.threshold, positions=positions, entropy=self._entropy)
             for secret in (phase.mask_key.secret_bytes(), self_seed)
         )
+        homomorphic = parameters.backend == "homomorphic"
+        encryption_secret = self._entropy(SECRET_BYTES) if homomorphic else b""
         ciphertexts, commitments = [], []
         held = {}
         for holder in sorted(holders):
@@ -269,7 +304,7 @@ class Participant:
                 sealed = seal_shares(
                     parameters,
                     channel_secrets[holder],
-                    mask_key_share + seed_share,
+                    mask_key_share + seed_share + encryption_secret,
                     sender=self._site,
                     recipient=holder,
                 )
@@ -281,10 +316,17 @@ class Participant:
             share_commitments=tuple(commitments),
             ciphertexts=tuple(ciphertexts),
         )
-        following = AwaitingShares(mask_secrets, channel_secrets, self_seed, holders, dealers, MappingProxyType(held))
+        if homomorphic:
+            committed = secret_commitment(parameters, self._site, encryption_secret)
+            reply = KeyedShares(**msgspec.structs.asdict(reply), secret_commitment=committed)
+        following = AwaitingShares(
+            mask_secrets, channel_secrets, self_seed, holders, dealers, MappingProxyType(held), encryption_secret
+        )
         return following, [self._sign(reply)]
 
-    def _take_shares(self, phase: AwaitingShares, message: ShareDelivery | SparseDelivery) -> _Step[AwaitingInput]:
+    def _take_shares(
+        self, phase: AwaitingShares, message: ShareDelivery | SparseDelivery | KeyedDelivery
+    ) -> _Step[AwaitingInput]:
         """Open every dealer's shares; whoever sent none has dropped out and gets no pairwise mask."""
         delivered = named(message.ciphertexts, who=self._who("share delivery"))
         committed = named(message.share_commitments, who=self._who("share commitments"))
@@ -300,15 +342,16 @@ class Participant:
         holders = phase.holders & alive
         self._need(len(holders), "holders who shared")
         held = dict(phase.held)
+        secrets = {self._site: phase.encryption_secret}
+        expected = 2 * SHARE_BYTES + len(phase.encryption_secret)
         for sender, sealed in delivered.items():
             shares = open_shares(
                 self._parameters, phase.channel_secrets[sender], sealed, sender=sender, recipient=self._site
             )
-            if len(shares) != 2 * SHARE_BYTES:
-                raise MalformedMessage(
-                    self._who(f"{len(shares)} bytes of shares from {sender}, expected {2 * SHARE_BYTES}")
-                )
-            held[sender] = HeldShares(shares[:SHARE_BYTES], shares[SHARE_BYTES:])
+            if len(shares) != expected:
+                raise MalformedMessage(self._who(f"{len(shares)} bytes of shares from {sender}, expected {expected}"))
+            held[sender] = HeldShares(shares[:SHARE_BYTES], shares[SHARE_BYTES : 2 * SHARE_BYTES])
+            secrets[sender] = shares[2 * SHARE_BYTES :]
             for value in (held[sender].mask_key, held[sender].self_seed):
                 check_share(value, who=self._who(f"share of {sender}"))
             # Stops a site that deals one share and commits to another, to have this site blamed for it.
@@ -321,8 +364,21 @@ class Participant:
                 self_seed=held[sender].self_seed,
                 who=self._who(f"share of {sender}"),
             )
+        if isinstance(message, KeyedDelivery):
+            self._check_secrets(secrets, message)
         mask_secrets = {peer: phase.mask_secrets[peer] for peer in sorted(alive - {self._site})}
-        return AwaitingInput(mask_secrets, phase.self_seed, holders, MappingProxyType(held)), []
+        # The key is made by the first of those who shared; every one of them has all that it takes.
+        secret = secrets[min(secrets)]
+        return AwaitingInput(mask_secrets, phase.self_seed, holders, MappingProxyType(held), secret), []
+
+    def _check_secrets(self, secrets: Mapping[SiteId, bytes], message: KeyedDelivery) -> None:
+        committed = named(message.secret_commitments, who=self._who("secret commitments"))
+        if committed.keys() != secrets.keys() - {self._site}:
+            raise MalformedMessage(self._who(f"{len(committed)} secret commitments, expected {len(secrets) - 1}"))
+        for sender, commitment in committed.items():
+            # Stops a site that gives every other one another key.
+            if secret_commitment(self._parameters, sender, secrets[sender]) != commitment:
+                raise AuthenticationFailed(self._who(f"not the secret that {sender} committed to"))
 
     def _send_masked_input(self, phase: AwaitingInput, encoded: EncodedInput) -> _Step[AwaitingSurvivors]:
         """Message 2: the input under the self mask and a pairwise mask with every other sharer."""
@@ -336,10 +392,23 @@ class Participant:
                 neighbours=self._parameters.positions_of(phase.holders),
             )
             message = SparseInput(**msgspec.structs.asdict(message), inclusion=self._sign(inclusion))
-        return AwaitingSurvivors(phase.holders, phase.held, input_digest(digests)), [self._sign(message)]
+        following = AwaitingSurvivors(phase.holders, phase.held, input_digest(digests), phase.encryption_secret)
+        return following, [self._sign(message)]
 
     def _masked_lanes(self, phase: AwaitingInput, encoded: EncodedInput) -> Iterator[memoryview]:
-        """All lanes in their order, masked and packed, piece by piece."""
+        """All lanes in their order, masked and packed, or masked and encrypted, piece by piece."""
+        if self._parameters.backend == "homomorphic":
+            masks = masks_of_input(
+                self._parameters,
+                site=self._site,
+                lane=SLOTS_LANE,
+                self_seed=phase.self_seed,
+                secrets=phase.mask_secrets,
+            )
+            key, layout = self._encryption_key(phase.encryption_secret), self._parameters.slot_layout
+            for ciphertext in masked_and_encrypted(key, layout, encoded.vectors, masks, spread=self._spread):
+                yield memoryview(ciphertext)
+            return
         for name, ring_lane in self._parameters.lanes.items():
             masks = masks_of_input(
                 self._parameters, site=self._site, lane=name, self_seed=phase.self_seed, secrets=phase.mask_secrets
@@ -359,12 +428,22 @@ class Participant:
             raise MalformedMessage(self._who(f"an input digest that has not {DIGEST_BYTES} bytes"))
         signature = self._identity.sign(labels.SURVIVORS, self._parameters.context, encode(message)[0])
         reply = SurvivorSignature(context=self._parameters.context, sender=self._site, list_signature=signature)
-        return AwaitingUnmaskRequest(phase.held, message), [self._sign(reply)]
+        return AwaitingUnmaskRequest(phase.held, message, phase.encryption_secret), [self._sign(reply)]
 
     def _reveal_shares(self, phase: AwaitingUnmaskRequest, message: UnmaskRequest) -> _Step[AwaitingReceipt]:
         """Message 4 on the complete graph, once ``threshold`` sites have signed this very list of survivors."""
+        survivors = self._signed_survivors(phase, message)
+        return AwaitingReceipt(len(survivors)), self._reveal(phase.held, survivors)
+
+    def _reveal_keyed(self, phase: AwaitingUnmaskRequest, message: UnmaskRequest) -> _Step[AwaitingAggregate]:
+        """Message 4 with the homomorphic backend, as on the complete graph."""
+        survivors = self._signed_survivors(phase, message)
+        return AwaitingAggregate(survivors, phase.encryption_secret), self._reveal(phase.held, survivors)
+
+    def _signed_survivors(self, phase: AwaitingUnmaskRequest, message: UnmaskRequest) -> tuple[SiteId, ...]:
+        """The survivors, if ``threshold`` of them have signed the list that this site has."""
         parameters = self._parameters
-        survivors = [site for site, _ in phase.survivors.survivors]
+        survivors = tuple(site for site, _ in phase.survivors.survivors)
         signatures = named(message.list_signatures, who=self._who("unmask request"))
         signed = encode(phase.survivors)[0]
         for signer, signature in signatures.items():
@@ -387,7 +466,7 @@ class Participant:
                     f"{len(signatures)} signatures on the survivor list, expected at least {parameters.threshold}"
                 )
             )
-        return self._reveal(phase.held, survivors)
+        return survivors
 
     def _acknowledge(self, phase: AwaitingSurvivors, message: SparseSurvivors) -> _Step[AwaitingAcknowledgements]:
         """Message 3 on the sparse graph: say which dealers this site takes for survivors."""
@@ -415,9 +494,9 @@ class Participant:
         # Stops a coordinator that calls this site dropped to some and alive to others: so many honest holders will
         # reveal its self seed only that too few are left for its mask key.
         self._need(len(senders), "acknowledgements")
-        return self._reveal(phase.held, sorted(phase.survivors))
+        return AwaitingReceipt(len(phase.survivors)), self._reveal(phase.held, sorted(phase.survivors))
 
-    def _reveal(self, held: Mapping[SiteId, HeldShares], survivors: Sequence[SiteId]) -> _Step[AwaitingReceipt]:
+    def _reveal(self, held: Mapping[SiteId, HeldShares], survivors: Sequence[SiteId]) -> list[ToCoordinator]:
         """Message 4: one kind of share of each site whose shares this one holds."""
         # Stops a second answer, also after a crash: noted before anything leaves.
         self._journal.answer(self._parameters.run, self._parameters.round_number)
@@ -430,7 +509,50 @@ class Participant:
             self_seed_shares=tuple((site, held[site].self_seed) for site in survivors),
             mask_key_shares=tuple((site, held[site].mask_key) for site in dropouts),
         )
-        return AwaitingReceipt(len(survivors)), [self._sign(reply)]
+        return [self._sign(reply)]
+
+    def _open_aggregate(self, phase: AwaitingAggregate, _message: EncryptedAggregate) -> _Step[OpeningAggregate]:
+        """The encrypted sum begins to come; its chunks follow."""
+        reader = SumReader(self._encryption_key(phase.encryption_secret), self._parameters.slot_layout)
+        return OpeningAggregate(phase.survivors, phase.encryption_secret, reader), []
+
+    def _sign_aggregate(self, phase: OpeningAggregate) -> _Step[AwaitingAgreement]:
+        """Message 5 with the homomorphic backend: say what came out, in a way that only sites understand."""
+        aggregate = aggregate_of(
+            self._parameters,
+            phase.reader.totals(survivors=len(phase.survivors)),
+            survivors=phase.survivors,
+            digest_key=digest_key(self._parameters, phase.encryption_secret),
+            spread=self._spread,
+            who=self._who("encrypted aggregate"),
+        )
+        reply = AggregateSignature(
+            context=self._parameters.context, sender=self._site, aggregate_digest=aggregate.digest
+        )
+        return AwaitingAgreement(aggregate, phase.encryption_secret), [self._sign(reply)]
+
+    def _take_agreement(self, phase: AwaitingAgreement, message: AggregateAgreement) -> _Step[AwaitingReceipt]:
+        """Message 6 if the coordinator is to have the aggregate too, once ``threshold`` sites have opened this very
+        one."""
+        parameters, aggregate = self._parameters, phase.aggregate
+        senders = self._senders(message.signatures, "aggregate signatures")
+        for item in message.signatures:
+            if item.sender not in aggregate.survivors or item.context != parameters.context:
+                raise AuthenticationFailed(self._who(f"an aggregate signature of {item.sender}, who is no survivor"))
+            check_signature(item, parameters.roster[item.sender].signing_key)
+            # Stops a coordinator that gives each site another aggregate, and so a model that others do not have.
+            if item.aggregate_digest != aggregate.digest:
+                raise AuthenticationFailed(self._who(f"{item.sender} opened another aggregate"))
+        # Any two aggregates with ``threshold`` signatures each would share an honest signer, who signs one only.
+        if len(senders) < parameters.threshold:
+            raise ThresholdNotMet(
+                self._who(f"{len(senders)} sites opened this aggregate, expected at least {parameters.threshold}")
+            )
+        replies: list[ToCoordinator] = []
+        if parameters.release_to == "coordinator":
+            release = KeyRelease(context=parameters.context, sender=self._site, secret=phase.encryption_secret)
+            replies = [self._sign(release)]
+        return AwaitingReceipt(len(aggregate.survivors), aggregate), replies
 
     def _take_receipt(self, phase: AwaitingReceipt, message: RoundReceipt) -> _Step[ParticipantFinished]:
         """Message 5: the coordinator released the sum over the list that was signed, and the masks cancelled in it."""
@@ -441,7 +563,10 @@ class Participant:
                     f"expected {phase.survivors}"
                 )
             )
-        return ParticipantFinished(message), []
+        # Stops a coordinator that says another aggregate than the one it was given.
+        if phase.aggregate is not None and message.aggregate_digest != phase.aggregate.digest:
+            raise AuthenticationFailed(self._who("a receipt for another aggregate than the one that was opened"))
+        return ParticipantFinished(message, phase.aggregate), []
 
     def _take_sparse_receipt(self, phase: AwaitingReceipt, message: SparseReceipt) -> _Step[ParticipantFinished]:
         """Message 5 on the sparse graph, on which no site knows the number of survivors by itself."""
@@ -466,6 +591,10 @@ class Participant:
         return Aborted(RoundAborted(self._who(f"the coordinator ended the round ({message.code[:64]!r})"))), []
 
     # --- helpers ---
+
+    def _encryption_key(self, secret: bytes) -> SecretKey:
+        """The round's key, which every sharer has."""
+        return SecretKey(Bfv(self._parameters.slot_layout.slot_bits), encryption_key_seed(self._parameters, secret))
 
     def _holders_and_dealers(
         self, advertisements: Mapping[SiteId, KeyAdvertisement]
@@ -564,6 +693,12 @@ def input_digest(digests: tuple[bytes, ...]) -> bytes:
     return sha256(b"".join(digests)).digest()
 
 
+def _table(parameters: RoundParameters) -> "_Transitions":
+    if parameters.backend == "homomorphic":
+        return HOMOMORPHIC
+    return COMPLETE if parameters.neighbours is None else SPARSE
+
+
 _Handler = Callable[[Participant, Any, Any], _Step[ParticipantPhase]]
 _Transitions = dict[tuple[type, type], _Handler]
 
@@ -582,6 +717,16 @@ SPARSE: Final[_Transitions] = {
     (AwaitingAcknowledgements, AcknowledgementList): Participant._reveal_acknowledged,
     (AwaitingReceipt, SparseReceipt): Participant._take_sparse_receipt,
 }
-for _table in (COMPLETE, SPARSE):
-    _waiting = {phase for phase, _ in _table} | {AwaitingInput}
-    _table.update({(phase, RoundFailed): Participant._take_failure for phase in _waiting})
+HOMOMORPHIC: Final[_Transitions] = {
+    (AwaitingCohortKeys, CohortKeys): Participant._share_secrets,
+    (AwaitingShares, KeyedDelivery): Participant._take_shares,
+    (AwaitingSurvivors, SurvivorList): Participant._sign_survivors,
+    (AwaitingUnmaskRequest, UnmaskRequest): Participant._reveal_keyed,
+    (AwaitingAggregate, EncryptedAggregate): Participant._open_aggregate,
+    (AwaitingAgreement, AggregateAgreement): Participant._take_agreement,
+    (AwaitingReceipt, RoundReceipt): Participant._take_receipt,
+}
+for _transitions in (COMPLETE, SPARSE, HOMOMORPHIC):
+    _waiting = {phase for phase, _ in _transitions} | {AwaitingInput}
+    _transitions.update({(phase, RoundFailed): Participant._take_failure for phase in _waiting})
+HOMOMORPHIC[OpeningAggregate, RoundFailed] = Participant._take_failure

@@ -12,18 +12,20 @@ import numpy.typing as npt
 
 from secureagg.agreement import KeyPair
 from secureagg.errors import SecureAggregationError
+from secureagg.homomorphic import SumReader
 from secureagg.identity import SiteId
-from secureagg.lanes import Words
 from secureagg.messages import (
     Acknowledgement,
+    AggregateSignature,
     EncryptedShares,
     Inclusion,
     KeyAdvertisement,
+    KeyRelease,
     RoundReceipt,
     SurvivorList,
     UnmaskShares,
 )
-from secureagg.upload import Upload
+from secureagg.upload import Sums, Upload
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -61,7 +63,10 @@ class HeldShares:
 @dataclass(frozen=True, slots=True, eq=False)
 class AwaitingShares:
     """Own shares are sent.  ``*_secrets`` map each peer to what the key pairs agree on; ``holders``: who has shares of
-    this site, ``dealers``: who may have sealed shares for it; ``held``: its own, if it is a holder itself."""
+    this site, ``dealers``: who may have sealed shares for it; ``held``: its own, if it is a holder itself.
+
+    ``encryption_secret``, here and later: empty with the masked backend; first the own, later what the key of the
+    homomorphic one is made of."""
 
     mask_secrets: Mapping[SiteId, bytes] = field(repr=False)
     channel_secrets: Mapping[SiteId, bytes] = field(repr=False)
@@ -69,6 +74,7 @@ class AwaitingShares:
     holders: frozenset[SiteId]
     dealers: frozenset[SiteId]
     held: Mapping[SiteId, HeldShares]
+    encryption_secret: bytes = field(repr=False)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -80,6 +86,7 @@ class AwaitingInput:
     self_seed: bytes = field(repr=False)
     holders: frozenset[SiteId]
     held: Mapping[SiteId, HeldShares]
+    encryption_secret: bytes = field(repr=False)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -89,6 +96,7 @@ class AwaitingSurvivors:
     holders: frozenset[SiteId]
     held: Mapping[SiteId, HeldShares]
     input_digest: bytes
+    encryption_secret: bytes = field(repr=False)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -97,6 +105,7 @@ class AwaitingUnmaskRequest:
 
     held: Mapping[SiteId, HeldShares]
     survivors: SurvivorList
+    encryption_secret: bytes = field(repr=False)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -109,18 +118,45 @@ class AwaitingAcknowledgements:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
+class AwaitingAggregate:
+    """With the homomorphic backend: shares are revealed; what is left opens the sum of the survivors' inputs."""
+
+    survivors: tuple[SiteId, ...]
+    encryption_secret: bytes = field(repr=False)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class OpeningAggregate:
+    """Chunks of the encrypted aggregate are coming in."""
+
+    survivors: tuple[SiteId, ...]
+    encryption_secret: bytes = field(repr=False)
+    reader: SumReader = field(repr=False)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class AwaitingAgreement:
+    """The aggregate is opened; its digest is sent."""
+
+    aggregate: "Aggregate"
+    encryption_secret: bytes = field(repr=False)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
 class AwaitingReceipt:
     """Shares are revealed; no secret is left.  ``survivors``: how many of the sites, whose shares were held, sent an
-    input."""
+    input; ``aggregate``: what this site opened, with the homomorphic backend."""
 
     survivors: int
+    aggregate: "Aggregate | None" = None
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class ParticipantFinished:
-    """The coordinator's receipt agrees with what this participant signed."""
+    """The coordinator's receipt agrees with what this participant signed, and with the aggregate if it opened it."""
 
     receipt: RoundReceipt
+    aggregate: "Aggregate | None" = None
 
 
 ParticipantPhase = (
@@ -131,6 +167,9 @@ ParticipantPhase = (
     | AwaitingSurvivors
     | AwaitingUnmaskRequest
     | AwaitingAcknowledgements
+    | AwaitingAggregate
+    | OpeningAggregate
+    | AwaitingAgreement
     | AwaitingReceipt
     | ParticipantFinished
     | Aborted
@@ -157,23 +196,24 @@ class SharingKeys:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Dealing:
-    """What one sharer is held to: its advertised mask key, its commitments to its self seed and to each holder's
-    shares; and ``held``, the sharers whose shares it holds itself."""
+    """What one sharer is held to: its advertised mask key, its commitments to its self seed, to each holder's shares
+    and to its secret for the encryption key; and ``held``, the sharers whose shares it holds itself."""
 
     mask_key: bytes
     seed_commitment: bytes
     share_commitments: Mapping[SiteId, bytes]
     held: frozenset[SiteId]
+    secret_commitment: bytes = b""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class CollectingMaskedInputs:
-    """Collects masked inputs of the sharers: lane -> running sum; ``received``: digest of each input summed so far;
+    """Collects masked inputs of the sharers in the running ``sums``; ``received``: digest of each input summed so far;
     ``uploads``: those that are not whole yet, and not in the sum; ``inclusions``: on the sparse graph, each one's
     statement to its holders."""
 
     dealings: Mapping[SiteId, Dealing]
-    sums: Mapping[str, Words] = field(repr=False)
+    sums: Sums = field(repr=False)
     received: dict[SiteId, bytes] = field(default_factory=dict)
     uploads: dict[SiteId, Upload] = field(default_factory=dict)
     inclusions: dict[SiteId, Inclusion] = field(default_factory=dict)
@@ -184,7 +224,7 @@ class CheckingConsistency:
     """Collects the survivors' signatures on their list, or on the sparse graph their acknowledgements."""
 
     dealings: Mapping[SiteId, Dealing]
-    sums: Mapping[str, Words] = field(repr=False)
+    sums: Sums = field(repr=False)
     survivors: SurvivorList
     received: dict[SiteId, bytes | Acknowledgement] = field(default_factory=dict)
 
@@ -194,15 +234,42 @@ class Unmasking:
     """Collects shares from those who signed."""
 
     dealings: Mapping[SiteId, Dealing]
-    sums: Mapping[str, Words] = field(repr=False)
+    sums: Sums = field(repr=False)
     survivors: SurvivorList
     signers: frozenset[SiteId]
     received: dict[SiteId, UnmaskShares] = field(default_factory=dict, repr=False)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
+class Decrypting:
+    """With the homomorphic backend: collects the digests of what those who revealed shares opened.  ``chunks``: of the
+    encrypted aggregate."""
+
+    dealings: Mapping[SiteId, Dealing]
+    chunks: tuple[bytes, ...] = field(repr=False)
+    survivors: SurvivorList
+    asked: frozenset[SiteId]
+    received: dict[SiteId, AggregateSignature] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Opening:
+    """Where the coordinator is given the aggregate too: collects the key from those who opened the same, whose digest
+    is ``digest``."""
+
+    dealings: Mapping[SiteId, Dealing]
+    chunks: tuple[bytes, ...] = field(repr=False)
+    survivors: SurvivorList
+    asked: frozenset[SiteId]
+    digest: bytes
+    received: dict[SiteId, KeyRelease] = field(default_factory=dict, repr=False)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
 class Aggregate:
-    """What one round releases: lane -> the survivors' exact integer sum, its mean in the lane's units, who they are."""
+    """What one round releases: lane -> the survivors' exact integer sum, its mean in the lane's units, who they are.
+
+    ``totals`` and ``means`` are empty at a coordinator to which nothing is released."""
 
     totals: Mapping[str, npt.NDArray[np.int64]] = field(repr=False)
     means: Mapping[str, npt.NDArray[np.float64]] = field(repr=False)
@@ -217,5 +284,7 @@ class CoordinatorFinished:
     aggregate: Aggregate
 
 
-CollectingPhase = AdvertisingKeys | SharingKeys | CollectingMaskedInputs | CheckingConsistency | Unmasking
+CollectingPhase = (
+    AdvertisingKeys | SharingKeys | CollectingMaskedInputs | CheckingConsistency | Unmasking | Decrypting | Opening
+)
 CoordinatorPhase = CollectingPhase | CoordinatorFinished | Aborted

@@ -23,7 +23,7 @@ and takes the multiple of g nearest to f: that is M if g t |v| / q + 1 <= (g - 1
 which holds for every t of ``slot_bits``; no probability is involved.
 """
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Final, Self
@@ -32,14 +32,15 @@ import numpy as np
 import numpy.typing as npt
 
 from secureagg.errors import ParameterError
-from secureagg.keystream import Spread, block_words
+from secureagg.keystream import block_words
 from secureagg.lanes import Counts, FixedPoint, RingLane, Words
-from secureagg.masking import MaskKey, apply_masks
-from secureagg.parameters import RoundParameters
 
 SLOTS: Final = 4096  # of one ciphertext, N: with a q of 60 bits, well over 128 bits of security
 COEFFICIENT_MODULUS: Final = 2**60 - 16383  # q: the largest prime below 2^60 that is 1 modulo 2N, as SEAL wants it
 LARGEST_ERROR: Final = 21  # of one coefficient of a fresh ciphertext
+KEY_SEED_BYTES: Final = 64
+FRESH_BYTES: Final = 8 * SLOTS + KEY_SEED_BYTES  # of a ciphertext: the seed of c1 is as long as that of a key
+SUMMED_BYTES: Final = 2 * 8 * SLOTS
 MINIMUM_SLOT_BITS: Final = 40  # 24,000 sites
 
 _WORD: Final = np.dtype("<u8")
@@ -161,16 +162,11 @@ class SlotLayout:
     ciphertexts: int
 
     @classmethod
-    def of(cls, parameters: RoundParameters) -> Self:
-        """The layout of a round; ParameterError if its cohort is too large for exact homomorphic sums."""
-        bits, lanes, start = slot_bits(len(parameters.cohort)), {}, 0
-        for name, ring_lane in parameters.lanes.items():
-            lane = SlotLane.for_cohort(
-                ring_lane,
-                cohort_size=len(parameters.cohort),
-                max_weight=parameters.max_weight or 1,
-                slot_bits=bits,
-            )
+    def of(cls, ring_lanes: Mapping[str, RingLane], *, cohort_size: int, max_weight: int) -> Self:
+        """The layout of a round's lanes; ParameterError if its cohort is too large for exact homomorphic sums."""
+        bits, lanes, start = slot_bits(cohort_size), {}, 0
+        for name, ring_lane in ring_lanes.items():
+            lane = SlotLane.for_cohort(ring_lane, cohort_size=cohort_size, max_weight=max_weight, slot_bits=bits)
             lanes[name] = (start, lane)
             start += lane.slots
         return cls(slot_bits=bits, lanes=MappingProxyType(lanes), ciphertexts=-(-start // SLOTS))
@@ -186,11 +182,6 @@ class SlotLayout:
         for name, lane, start, place in self._overlaps(rows):
             lane.write(vectors[name], start, slots[place])
         return slots
-
-    def apply_masks(self, slots: Slots, masks: Iterable[MaskKey], rows: range, *, spread: Spread = map) -> None:
-        """Add or subtract each mask's keystream to ``slots``, those of the ciphertexts ``rows``, in place."""
-        apply_masks(slots, masks, start=rows.start * SLOTS, spread=spread)
-        slots &= np.uint64((1 << self.slot_bits) - 1)
 
     def empty_sums(self) -> dict[str, Slots]:
         """Zeros for ``take_sums`` to fill: lane name -> one for each value."""

@@ -17,12 +17,15 @@ from secureagg.errors import ParameterError, RoundReplayed, ShapeMismatch
 from secureagg.identity import Card, Entropy, Identity, Roster, SiteId, site_id
 from secureagg.lanes import FixedPoint, Lane, integer
 from secureagg.messages import ToCoordinator
-from secureagg.parameters import RoundParameters, ThresholdOptions
+from secureagg.parameters import Backend, Release, RoundParameters, ThresholdOptions
 from secureagg.participant import Participant
-from secureagg.phases import Aborted, CoordinatorFinished
+from secureagg.phases import Aborted, Aggregate, CoordinatorFinished, ParticipantFinished
 
-PHASES: Final = tuple(MESSAGE_OF_PHASE)
-BACKENDS: Final = ("masked",)
+_ALL_PHASES: Final = tuple(MESSAGE_OF_PHASE)
+PHASES: Final = _ALL_PHASES[:5]  # of the coordinator
+HOMOMORPHIC_PHASES: Final = (
+    _ALL_PHASES  # with the homomorphic backend, the last only if the coordinator is given the sum
+)
 LANE: Final = "update"
 
 
@@ -87,21 +90,22 @@ def run_round(
     weights: Mapping[str, int] | None = None,
     max_weight: int | None = None,
     dropouts: Mapping[str, str] | None = None,
-    backend: str = "masked",
+    backend: Backend = "masked",
+    release_to: Release | None = None,
     entropy: Entropy = os.urandom,
     **thresholds: Unpack[ThresholdOptions],
 ) -> RoundOutcome:
     """Aggregate ``updates`` (site name -> 1-D float array, all of one length) in one round and return its outcome.
 
     ``weights``: site -> integer from 0 to ``max_weight`` (default: the largest given).  ``dropouts``: site -> the
-    coordinator phase in which it stops answering.  ``thresholds`` and their defaults: see
-    ``secureagg.parameters.choose_thresholds``.  The same entropy bytes give the same round, byte for byte.
+    coordinator phase in which it stops answering.  ``backend``, ``release_to``: see ``RoundParameters``; sums that only
+    the sites open are those of a site.  ``thresholds`` and their defaults: see
+    ``secureagg.parameters.choose_thresholds``.  The same entropy bytes give the same round, with the masked backend
+    byte for byte.
 
     Raises what a real round raises: ParameterError before it begins (ValueOutOfRange, ShapeMismatch for bad updates),
     and RoundAborted, among them ThresholdNotMet, when it ends without a release.
     """
-    if backend not in BACKENDS:
-        raise ParameterError(f"backend: found {backend!r}, expected one of {', '.join(BACKENDS)}")
     vectors = {site_id(name): np.asarray(update) for name, update in updates.items()}
     sites = sorted(vectors)
     for what, named in (("weights", weights), ("dropouts", dropouts)):
@@ -109,7 +113,8 @@ def run_round(
             raise ParameterError(f"{what}: {', '.join(sorted(unknown))} not among the {len(sites)} sites")
     if weights is not None and (missing := vectors.keys() - weights.keys()):
         raise ParameterError(f"weights: none for {', '.join(sorted(missing))}")
-    silent_from = {SiteId(name): _phase_index(name, phase) for name, phase in (dropouts or {}).items()}
+    phases = PHASES if backend == "masked" else HOMOMORPHIC_PHASES
+    silent_from = {SiteId(name): _phase_index(name, phase, phases) for name, phase in (dropouts or {}).items()}
     shapes = {vector.shape for vector in vectors.values()}
     if len(shapes) > 1 or any(len(shape) != 1 for shape in shapes):
         raise ShapeMismatch(f"updates: found shapes {sorted(shapes)}, expected 1-D arrays of one length")
@@ -130,6 +135,8 @@ def run_round(
         lanes=[Lane(name=LANE, length=length, encoding=encoding, weighted=weights is not None)],
         model_digest=bytes(32),
         max_weight=max_weight if weights is not None else None,
+        backend=backend,
+        release_to=release_to,
         **thresholds,
     )
     inputs = {
@@ -167,8 +174,8 @@ def _run(
 
     phase: Any = coordinator.phase
     while not isinstance(phase, CoordinatorFinished | Aborted):
-        now = PHASES.index(type(phase).__name__)
-        speaking = [(site, message) for site, message in pending if silent_from.get(site, len(PHASES)) > now]
+        now = _ALL_PHASES.index(type(phase).__name__)
+        speaking = [(site, message) for site, message in pending if silent_from.get(site, len(_ALL_PHASES)) > now]
         pending.clear()
         for site, message in speaking:
             frames = encode(message)
@@ -181,6 +188,8 @@ def _run(
         raise phase.error
 
     aggregate = phase.aggregate
+    if not aggregate.totals:
+        aggregate = next(opened for opened in map(_opened, participants.values()) if opened is not None)
     ring_lane = parameters.lanes[LANE]
     return RoundOutcome(
         aggregate=aggregate.means[LANE],
@@ -192,7 +201,11 @@ def _run(
     )
 
 
-def _phase_index(site: str, phase: str) -> int:
-    if phase not in PHASES:
-        raise ParameterError(f"dropouts: {site} in phase {phase!r}, expected one of {', '.join(PHASES)}")
-    return PHASES.index(phase)
+def _opened(participant: Participant) -> Aggregate | None:
+    return participant.phase.aggregate if isinstance(participant.phase, ParticipantFinished) else None
+
+
+def _phase_index(site: str, phase: str, phases: tuple[str, ...]) -> int:
+    if phase not in phases:
+        raise ParameterError(f"dropouts: {site} in phase {phase!r}, expected one of {', '.join(phases)}")
+    return phases.index(phase)

@@ -183,7 +183,7 @@ def test_a_header_for_another_size(uploading: Uploading, count: int) -> None:
     header = header_of(uploading.inputs_of[LIAR])
     digests = (header.chunk_digests * 2)[:count]
     bad = sign(replace(header, chunk_digests=digests), uploading.identities[LIAR])
-    size = uploading.parameters.packed_bytes
+    size = uploading.parameters.input_bytes
     with pytest.raises(
         MalformedMessage,
         match=f"participant {LIAR}, .*: {count} chunks, expected 4 for {size} bytes of lanes in chunks of {SIZE}",

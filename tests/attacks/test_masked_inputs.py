@@ -110,7 +110,7 @@ def test_a_colluder_that_masks_wrongly() -> None:
     stopped = at_the_inputs()
     site, message = stopped.pending.pop(0)
     noise = np.random.default_rng(1).bytes(len(message.chunks[0]))
-    length = stopped.parameters.packed_bytes
+    length = stopped.parameters.input_bytes
     packed = bytearray(noise[:length])
     for end in np.cumsum([lane.packed_bytes for lane in stopped.parameters.lanes.values()]):
         packed[end - 1] = 0  # keep the filling bits zero

@@ -170,7 +170,7 @@ def test_masked_input_of_another_size(length: int) -> None:
     assert isinstance(good, MaskedInput)
     chunk = good.chunks[0][:-1] if length < 0 else good.chunks[0] + b"\0"
     bad = sign(replace(good, chunks=(chunk,), chunk_digests=(sha256(chunk).digest(),)), stopped.identities[site])
-    size = stopped.parameters.packed_bytes
+    size = stopped.parameters.input_bytes
     with pytest.raises(MalformedMessage, match=f"chunk 1 of 1: {size + length} bytes of lanes, expected {size}"):
         stopped.coordinator.receive(bad, sender=site)
     stopped.finish()

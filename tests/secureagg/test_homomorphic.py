@@ -16,17 +16,15 @@ from support.slots import round_parameters, vectors_of
 from secureagg import LocalProtocolError, MalformedMessage, ParameterError, homomorphic
 from secureagg.agreement import encryption_key_seed
 from secureagg.homomorphic import (
-    FRESH_BYTES,
-    KEY_SEED_BYTES,
-    SUMMED_BYTES,
     Bfv,
     CiphertextSum,
     SecretKey,
-    decrypted_totals,
+    SumReader,
+    check_fresh,
     masked_and_encrypted,
     unmask_sum,
 )
-from secureagg.slots import COEFFICIENT_MODULUS, SLOTS, SlotLayout
+from secureagg.slots import COEFFICIENT_MODULUS, FRESH_BYTES, KEY_SEED_BYTES, SLOTS, SUMMED_BYTES
 
 pytest.importorskip("tenseal", reason="the extra `homomorphic` is not installed")
 
@@ -114,7 +112,7 @@ def test_a_round_gives_the_masked_backends_totals() -> None:
     """Lanes to slots, masks, encryption, sum, masks removed by the coordinator, decryption: the totals are those that
     ring elements add up to in the masked backend."""
     parameters = round_parameters()
-    layout = SlotLayout.of(parameters)
+    layout = parameters.slot_layout
     vectors = [vectors_of(parameters, seed) for seed in range(3)]
     self_keys = [os.urandom(32) for _ in vectors]
     pairwise = {(one, other): os.urandom(32) for one in range(3) for other in range(one)}
@@ -127,8 +125,10 @@ def test_a_round_gives_the_masked_backends_totals() -> None:
         for number, ciphertext in enumerate(masked_and_encrypted(key, layout, vector, masks)):
             total.add(number, ciphertext, who="site")
     unmask_sum(total, layout, [(own, -1) for own in self_keys])
-    ciphertexts = [total.ciphertext(number) for number in range(layout.ciphertexts)]
-    found = decrypted_totals(key, layout, ciphertexts, survivors=3, who="sum")
+    reader = SumReader(key, layout)
+    for chunk in total.chunks():
+        reader.take(chunk, who="sum")
+    found = reader.totals(survivors=3)
     for name, ring_lane in parameters.lanes.items():
         expected = np.zeros(ring_lane.lane.length, ring_lane.word)
         for vector in vectors:
@@ -136,15 +136,41 @@ def test_a_round_gives_the_masked_backends_totals() -> None:
         np.testing.assert_array_equal(found[name], ring_lane.lift(ring_lane.reduce(expected)))
 
 
-@pytest.mark.parametrize("count", [0, 1, 3])
-def test_another_number_of_ciphertexts_is_refused(count: int) -> None:
+def test_a_sum_in_chunks() -> None:
+    """An aggregate comes in chunks of 16 ciphertexts, the last of what is left; the sum is used up by making them."""
+    layout = round_parameters(length=150_000).slot_layout
+    assert layout.ciphertexts == 19
+    bfv, key = scheme(layout.slot_bits)
+    total = CiphertextSum(bfv, layout.ciphertexts)
+    for number in range(layout.ciphertexts):
+        total.add(number, key.encrypt(np.zeros(SLOTS, np.uint64)), who="site")
+    assert [len(chunk) for chunk in total.chunks()] == [16 * SUMMED_BYTES, 3 * SUMMED_BYTES]
+    with pytest.raises(LocalProtocolError, match="ciphertext 0: nothing was added"):
+        total.chunks()
+
+
+@pytest.mark.parametrize("counts", [(0,), (1,), (3,), (2, 1), (2, 2)])
+def test_another_number_of_ciphertexts_is_refused(counts: tuple[int, ...]) -> None:
     """An aggregate has as many ciphertexts as the layout: with fewer, values would be missing that read as zeros."""
-    layout = SlotLayout.of(round_parameters(length=10_000))
+    layout = round_parameters(length=10_000).slot_layout
     assert layout.ciphertexts == 2
     _, key = scheme(layout.slot_bits)
-    sums = [summed([key.encrypt(np.zeros(SLOTS, np.uint64))], layout.slot_bits)] * count
-    with pytest.raises(MalformedMessage, match="sum: another number of ciphertexts"):
-        decrypted_totals(key, layout, sums, survivors=3, who="sum")
+    one = summed([key.encrypt(np.zeros(SLOTS, np.uint64))], layout.slot_bits)
+    reader = SumReader(key, layout)
+    *before, last = counts
+    for count in before:
+        reader.take(one * count, who="sum")
+    with pytest.raises(MalformedMessage, match=r"sum: .* bytes of ciphertexts, expected"):
+        reader.take(one * last, who="sum")
+
+
+def test_a_sum_that_is_not_whole_gives_nothing() -> None:
+    """Values that have not come are not zeros."""
+    layout = round_parameters(length=10_000).slot_layout
+    reader = SumReader(scheme(layout.slot_bits)[1], layout)
+    assert not reader.whole
+    with pytest.raises(LocalProtocolError, match="0 of 2 ciphertexts were taken"):
+        reader.totals(survivors=3)
 
 
 def test_bytes_per_value() -> None:
@@ -221,7 +247,7 @@ def test_what_is_no_ciphertext_never_reaches_seal(what: str, monkeypatch: pytest
         with pytest.raises(MalformedMessage, match="site-b: a ciphertext"):
             total.add(0, bad_fresh, who="site-b")
         with pytest.raises(MalformedMessage, match="site-b: a ciphertext"):
-            bfv.check_fresh(bad_fresh, who="site-b")
+            check_fresh(bad_fresh, who="site-b")
         with pytest.raises(MalformedMessage, match="coordinator: a ciphertext"):
             key.decrypt(bad_sum, who="coordinator")
     np.testing.assert_array_equal(key.decrypt(total.ciphertext(0), who="sum"), slots)
@@ -240,7 +266,8 @@ FUZZ = """
 import sys
 import numpy as np
 from secureagg import MalformedMessage
-from secureagg.homomorphic import FRESH_BYTES, SUMMED_BYTES, Bfv, CiphertextSum, SecretKey
+from secureagg.homomorphic import Bfv, CiphertextSum, SecretKey
+from secureagg.slots import FRESH_BYTES, SUMMED_BYTES
 from secureagg.slots import SLOTS
 bfv = Bfv(48)
 key, rng, total = SecretKey(bfv, bytes(64)), np.random.default_rng(int(sys.argv[1])), CiphertextSum(bfv, 1)

@@ -79,7 +79,7 @@ def test_a_masked_input_and_its_upload(length: int, threads: int) -> None:
     beyond it a block for each upload and each thread, however long the vector is."""
     with ThreadPoolExecutor(max(1, threads)) as pool:
         prepared = LongRound(length, pool.map if threads else map)
-        packed = prepared.parameters.packed_bytes
+        packed = prepared.parameters.input_bytes
         first, second = SITES[:2]
         with peak() as found:
             (message,) = prepared.participants[first].submit(prepared.encoded)

@@ -7,9 +7,10 @@ from hypothesis import strategies as st
 from support.slots import round_parameters, vectors_of
 
 from secureagg import Counts, FixedPoint, Lane, ParameterError, RingElements
+from secureagg.homomorphic import mask_slots
 from secureagg.keystream import Keystream
 from secureagg.lanes import CANARY, RingLane
-from secureagg.slots import COEFFICIENT_MODULUS, SLOTS, SlotLane, SlotLayout, slot_bits
+from secureagg.slots import COEFFICIENT_MODULUS, SLOTS, SlotLane, slot_bits
 
 KEY, OTHER = bytes(range(32)), bytes(32)
 
@@ -135,7 +136,7 @@ def test_values_in_a_slot(size: int, per_slot: int) -> None:
 def test_a_whole_rounds_lanes_add_up() -> None:
     """All lanes of a round, written in blocks of ciphertexts and summed, give the totals of the masked backend."""
     parameters = round_parameters(length=200_000)
-    layout = SlotLayout.of(parameters)
+    layout = parameters.slot_layout
     vectors = [vectors_of(parameters, seed) for seed in range(4)]
     sums = layout.empty_sums()
     assert len(list(layout.blocks())) > 1
@@ -152,7 +153,7 @@ def test_a_whole_rounds_lanes_add_up() -> None:
 
 def test_canary_takes_at_least_64_bits() -> None:
     """The canary's slots have together no fewer bits than its ring, so that wrong masks pass it no more often."""
-    layout = SlotLayout.of(round_parameters())
+    layout = round_parameters().slot_layout
     _, canary = layout.lanes[CANARY]
     assert canary.slots * layout.slot_bits >= 64
 
@@ -163,32 +164,32 @@ def test_canary_takes_at_least_64_bits() -> None:
 def test_masks_are_the_keystreams_words() -> None:
     """Slot number i of all ciphertexts gets word i of the keystream, 8 bytes, modulo t, whichever ciphertexts are asked
     for; a mask is exactly uniform therefore."""
-    layout = SlotLayout.of(round_parameters(length=200_000))
+    layout = round_parameters(length=200_000).slot_layout
     stream = np.empty(5 * SLOTS, "<u8")
     Keystream(KEY).fill(stream)
     for sign in (1, -1):
         slots = np.arange(3 * SLOTS, dtype=np.uint64)
-        layout.apply_masks(slots, [(KEY, sign)], range(2, 5))
+        mask_slots(layout, slots, [(KEY, sign)], range(2, 5))
         expected = (np.arange(3 * SLOTS) + sign * stream[2 * SLOTS :].astype(object)) % (1 << layout.slot_bits)
         assert slots.tolist() == expected.tolist()
 
 
 def test_masks_cancel() -> None:
     """What is added and subtracted again leaves the slots as they were, at both ends of their range too."""
-    layout = SlotLayout.of(round_parameters(length=20_000))
+    layout = round_parameters(length=20_000).slot_layout
     slots = np.random.default_rng(0).integers(0, 1 << layout.slot_bits, 2 * SLOTS, dtype=np.uint64)
     slots[:2] = 0, (1 << layout.slot_bits) - 1
     before = slots.copy()
-    layout.apply_masks(slots, [(KEY, 1), (OTHER, -1)], range(1, 3))
+    mask_slots(layout, slots, [(KEY, 1), (OTHER, -1)], range(1, 3))
     assert (slots != before).mean() > 0.99
-    layout.apply_masks(slots, [(KEY, -1), (OTHER, 1)], range(1, 3))
+    mask_slots(layout, slots, [(KEY, -1), (OTHER, 1)], range(1, 3))
     np.testing.assert_array_equal(slots, before)
 
 
 def test_masks_differ_between_keys_and_ciphertexts() -> None:
     """No mask is seen twice: not under another key, and not in another ciphertext."""
-    layout = SlotLayout.of(round_parameters(length=20_000))
+    layout = round_parameters(length=20_000).slot_layout
     masks = np.zeros((2, 2 * SLOTS), np.uint64)
     for row, key in zip(masks, (KEY, OTHER), strict=True):
-        layout.apply_masks(row, [(key, 1)], range(2))
+        mask_slots(layout, row, [(key, 1)], range(2))
     assert len(np.unique(masks)) == masks.size

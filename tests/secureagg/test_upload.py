@@ -81,7 +81,7 @@ def test_what_is_added(
 
 def test_a_size_of_whole_chunks(parameters: RoundParameters, monkeypatch: pytest.MonkeyPatch) -> None:
     """A vector that ends with a chunk has no empty one behind it."""
-    size = parameters.packed_bytes
+    size = parameters.input_bytes
     divisor = next(divisor for divisor in range(2, size) if size % divisor == 0)
     monkeypatch.setattr(MaskedInput, "CHUNK_BYTES", size // divisor)
     chunks = cut(packed_of(parameters, vectors_of(parameters, 1)))
