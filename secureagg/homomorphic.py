@@ -73,6 +73,11 @@ def _seal() -> _Seal:
     return sealapi
 
 
+def check_installed() -> None:
+    """Raise ParameterError, with what to install, where homomorphic sums cannot be had."""
+    _seal()
+
+
 class Bfv:
     """BFV with slots of so many bits; without a key."""
 

@@ -70,6 +70,18 @@ def check_thresholds(*, cohort_size: int, threshold: int, max_corrupt: int, mini
         raise ParameterError(f"minimum_survivors: found {h}, expected at most the cohort size {n}")
 
 
+def check_backend(backend: Backend, release_to: Release, graph: Graph) -> None:
+    """Raise ParameterError unless the three go together."""
+    for what, found, known in (("backend", backend, Backend), ("release_to", release_to, Release)):
+        if found not in get_args(known):
+            raise ParameterError(f"{what}: found {found!r}, expected one of {', '.join(get_args(known))}")
+    # Whoever takes off the masks of the masked backend has the sum.
+    if backend == "masked" and release_to == "sites":
+        raise ParameterError("release_to: found sites with the masked backend, expected the homomorphic one")
+    if backend == "homomorphic" and graph == "sparse":
+        raise ParameterError("graph: found sparse with the homomorphic backend, expected complete")
+
+
 class ThresholdOptions(TypedDict, total=False):
     """What ``choose_thresholds`` can be given."""
 
@@ -218,12 +230,11 @@ class RoundParameters:
         # Stops Sybil sites: nobody outside the pinned roster can be counted towards a threshold.
         if strangers := [site for site in names if site not in roster]:
             raise ParameterError(f"cohort: {', '.join(strangers)} not in the roster of {len(roster)} sites")
-        release_to = _check_backend(backend, release_to)
-        if backend == "homomorphic" and thresholds.get("graph", "auto") == "auto":
+        release_to = release_to or ("sites" if backend == "homomorphic" else "coordinator")
+        check_backend(backend, release_to, thresholds.get("graph", "auto"))
+        if backend == "homomorphic":
             thresholds["graph"] = "complete"
         chosen = choose_thresholds(len(names), **thresholds)
-        if backend == "homomorphic" and chosen.neighbours is not None:
-            raise ParameterError("graph: found sparse with the homomorphic backend, expected complete")
         round_number = integer(round_number, what="round number")
         max_weight = None if max_weight is None else integer(max_weight, what="max_weight")
         if not 1 <= round_number < 1 << 63:
@@ -312,17 +323,6 @@ class RoundParameters:
         if self.backend == "homomorphic":
             return self.slot_layout.ciphertexts * FRESH_BYTES
         return sum(ring_lane.packed_bytes for ring_lane in self.lanes.values())
-
-
-def _check_backend(backend: str, release_to: Release | None) -> Release:
-    if backend not in get_args(Backend):
-        raise ParameterError(f"backend: found {backend!r}, expected one of {', '.join(get_args(Backend))}")
-    if release_to not in (None, *get_args(Release)):
-        raise ParameterError(f"release_to: found {release_to!r}, expected one of {', '.join(get_args(Release))}")
-    # Whoever takes off the masks of the masked backend has the sum.
-    if backend == "masked" and release_to == "sites":
-        raise ParameterError("release_to: found sites with the masked backend, expected the homomorphic one")
-    return release_to or ("sites" if backend == "homomorphic" else "coordinator")
 
 
 def _ring_lanes(lanes: Iterable[Lane], *, cohort_size: int, max_weight: int | None) -> Mapping[str, RingLane]:

@@ -54,6 +54,13 @@ class Mode(StrEnum):
     SITE = "site"
 
 
+class BackendChoice(StrEnum):
+    """How sums are made."""
+
+    MASKED = "masked"
+    HOMOMORPHIC = "homomorphic"
+
+
 class Data(StrEnum):
     """Built-in data sets."""
 
@@ -144,6 +151,13 @@ def create(
     dropout_percent: Annotated[
         int | None, typer.Option(help="Share of a large cohort that a round on the sparse graph survives losing.")
     ] = None,
+    backend: Annotated[
+        str, typer.Option(help="masked, or homomorphic: encrypted sums that only the sites can open.")
+    ] = "masked",
+    release_to: Annotated[
+        str | None,
+        typer.Option(help="Backend homomorphic: sites (nobody else sees the model, the default) or coordinator."),
+    ] = None,
 ) -> None:
     """Write an unsigned manifest.  Options that are not given take the heart recipe's value; see the file."""
     from sites import recipe  # noqa: PLC0415
@@ -178,6 +192,8 @@ def create(
             minimum_survivors=minimum_survivors,
             graph=graph,
             dropout_percent=dropout_percent,
+            backend=backend,
+            release_to=release_to or ("sites" if backend == "homomorphic" else "coordinator"),
         ),
     }
     noise: dict[str, Any] = {"max_dropouts": max_dropouts, "mechanism": mechanism}
@@ -246,11 +262,12 @@ def coordinator(
     state: Annotated[Path, typer.Option(help="Folder for the model and the log of rounds.")] = Path("coordinator"),
 ) -> None:
     """Coordinate one training run; ends after the last round."""
-    from sites.programs import run_coordinator  # noqa: PLC0415
+    from sites.programs import MODEL, run_coordinator  # noqa: PLC0415
 
     _log_to_stderr()
     run_coordinator(manifest, keys=keys, initial=initial, state=state, report=_print_round, notify=_say)
-    _say(f"finished; the model is {state / 'model.safetensors'}")
+    model = state / MODEL
+    _say(f"finished; the model is {model}" if model.exists() else "finished; the sites have the model, nobody else")
 
 
 @app.command(epilog=_example("secureagg site SITE.toml"))
@@ -278,6 +295,9 @@ def demo(
     mode: Annotated[
         Mode, typer.Option(help="Noise of each hospital's own, or shared by all, per patient or per whole site.")
     ] = Mode.LOCAL,
+    backend: Annotated[
+        BackendChoice, typer.Option(help="Masked sums, or homomorphic ones that the coordinator cannot read either.")
+    ] = BackendChoice.MASKED,
     data: Annotated[Data, typer.Option(help="Which data.")] = Data.HEART,
     data_folder: Annotated[
         Path | None, typer.Option(help="Folder with UCI's original files; without it, the installed copy is used.")
@@ -298,6 +318,7 @@ def demo(
     run_demo(
         console=out,
         mode=mode.value,
+        backend="masked" if backend is BackendChoice.MASKED else "homomorphic",
         rounds=rounds,
         epsilon=epsilon,
         data_folder=data_folder,

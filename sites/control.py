@@ -43,18 +43,43 @@ class Withdraw(Control, frozen=True, tag="withdraw", array_like=True, kw_only=Tr
 
 
 class StartRound(Control, frozen=True, tag="start-round", array_like=True, kw_only=True):
-    """Coordinator: a round begins with this cohort; the payload is the global model."""
+    """Coordinator: a round begins with this cohort; the payload is the global model.
+
+    ``model_name``: empty, or where the sites hold the model (see ``held_model``) the name of the one that the round is
+    about; the payload is the initial model then, or nothing.
+    """
 
     run: str
     round_number: int
     purpose: Purpose
     cohort: tuple[str, ...]
+    model_name: bytes = b""
+
+
+class CopyRequest(Control, frozen=True, tag="copy-request", array_like=True, kw_only=True):
+    """A site: asks for the model that the others hold, to be sealed to this X25519 key; the coordinator passes it on to
+    one of them."""
+
+    run: str
+    site: str
+    key: bytes
+    signature: bytes
+
+
+class ModelCopy(Control, frozen=True, tag="model-copy", array_like=True, kw_only=True):
+    """The ``donor``: its copy of the model, sealed for ``site``; the coordinator passes it on."""
+
+    site: str
+    donor: str
+    signature: bytes
 
 
 class FederationOver(Control, frozen=True, tag="federation-over", array_like=True, kw_only=True):
-    """Coordinator: no further rounds; the payload is the final global model.  ``code``: "finished", or an error's."""
+    """Coordinator: no further rounds; the payload is the final global model, or ``model_name`` its name where the sites
+    hold it.  ``code``: "finished", or an error's."""
 
     code: str
+    model_name: bytes = b""
 
 
 class Refused(Control, frozen=True, tag="refused", array_like=True, kw_only=True):
@@ -63,8 +88,8 @@ class Refused(Control, frozen=True, tag="refused", array_like=True, kw_only=True
     code: str
 
 
-FromSite = Hello | Withdraw
-FromCoordinator = StartRound | FederationOver | Refused
+FromSite = Hello | Withdraw | CopyRequest | ModelCopy
+FromCoordinator = StartRound | FederationOver | Refused | CopyRequest | ModelCopy
 
 _Message = TypeVar("_Message", FromSite, FromCoordinator)
 

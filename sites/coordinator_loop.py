@@ -2,7 +2,8 @@
 
 It drives ``secureagg.Coordinator`` with what arrives, turns the end of a time-out into the end of a phase, and moves
 the global model by each released mean update.  All it ever holds of a site are its public keys, ciphertexts and masked
-integers; what it learns are sums.
+integers; what it learns are sums.  Where sums are for the sites only, it learns not even these: the sites hold the
+model, and all it knows of it is a name (see ``held_model``).
 """
 
 import os
@@ -28,16 +29,17 @@ from secureagg import (
 )
 from secureagg import codec as round_codec
 from secureagg.lanes import WEIGHT
-from secureagg.messages import RoundFailed
+from secureagg.messages import RoundFailed, RoundReceipt
 from secureagg.phases import Aborted, CollectingMaskedInputs, CoordinatorFinished
 from sites import control
-from sites.control import FederationOver, Purpose, Refused, StartRound, Withdraw
+from sites.control import CopyRequest, FederationOver, Hello, ModelCopy, Purpose, Refused, StartRound, Withdraw
 from sites.errors import FederationFailed
-from sites.evaluation import Metrics, metrics_from_counts
+from sites.evaluation import Metrics
 from sites.files import write_atomic
+from sites.held_model import next_name
 from sites.manifest import Manifest
 from sites.model_state import model_digest
-from sites.rounds import CORRECT, HISTOGRAM, TOTAL, UPDATE, mean_update, model_spec, round_parameters
+from sites.rounds import mean_update, metrics_of, model_spec, round_parameters
 from sites.server_optimizer import ServerOptimizer
 from transport import Delivery, Endpoint, PeerId, TransportError
 
@@ -94,7 +96,12 @@ class CoordinatorLoop:
         self._optimizer = ServerOptimizer(
             manifest.training.server_optimizer, manifest.training.server_learning_rate, vector
         )
-        self._model = self._spec.to_bytes(vector)
+        self._model = self._spec.to_bytes(vector)  # empty once only the sites have it
+        self._name = model_digest(self._model)
+        self._held_by_sites = manifest.policy.release_to == "sites"
+        self._receipted: set[SiteId] = set()  # of the current round
+        self._up_to_date: set[SiteId] = set()  # who has the model that is named
+        self._behind: dict[SiteId, CopyRequest] = {}
         self._state = state
         self._report = report
         self._notify = notify
@@ -111,7 +118,8 @@ class CoordinatorLoop:
         model is on disk then, and the sites are told.
         """
         self._state.mkdir(parents=True, exist_ok=True)
-        self._save_model()
+        if not self._held_by_sites:
+            self._save_model()
         records: list[RoundRecord] = []
         code = FederationFailed.code
         try:
@@ -121,9 +129,8 @@ class CoordinatorLoop:
             for number in range(1, rounds + 2):
                 record, aggregate = self._play(number, "train" if number <= rounds else "evaluate")
                 records.append(record)
-                if aggregate is not None and UPDATE in aggregate.totals:
-                    self._model = self._spec.to_bytes(self._optimizer.step(mean_update(self._manifest, aggregate)))
-                    self._save_model()
+                if aggregate is not None and record.purpose == "train":
+                    self._move_model(aggregate)
                 with (self._state / "rounds.jsonl").open("ab") as log:
                     log.write(msgspec.json.encode(record) + b"\n")
                 self._report(record)
@@ -135,7 +142,9 @@ class CoordinatorLoop:
                     )
             code = "finished"
         finally:
-            over = control.encode(FederationOver(code=code, payload=self._model))
+            self._bring_up_to_date()
+            name = self._name if self._held_by_sites else b""
+            over = control.encode(FederationOver(code=code, model_name=name, payload=self._model))
             for site in self._present.copy():
                 self._send(site, over)
             self._pool.shutdown()
@@ -171,28 +180,75 @@ class CoordinatorLoop:
         except RemoteProtocolError as error:
             self._notify(f"{site}: {error}")
             return None
-        if isinstance(message, Withdraw):
-            if message.leaving:
-                self._present.discard(site)
-            return message
+        match message:
+            case Withdraw():
+                if message.leaving:
+                    self._present.discard(site)
+                return message
+            case CopyRequest():
+                self._note_behind(site, message)
+            case ModelCopy():
+                self._pass_on(site, message)
+            case Hello():
+                self._welcome(site, message)
+        return None
+
+    def _welcome(self, site: SiteId, message: Hello) -> None:
         if message.manifest_digest != self._manifest.digest:
             self._notify(f"{site} holds another manifest than the coordinator; it was told so")
             self._send(site, control.encode(Refused(code=control.MANIFEST_DIFFERS)))
-            return None
-        if site in self._excluded:
+        elif site in self._excluded:
             self._send(site, control.encode(Refused(code=self._excluded[site])))
-        elif site not in self._present:
+        elif site not in self._present and site not in self._behind:
             self._present.add(site)
             self._notify(f"{site} is present ({len(self._present)} of {len(self._roster)})")
-        return None
+
+    # --- the model that the sites hold ---
+
+    def _note_behind(self, site: SiteId, request: CopyRequest) -> None:
+        if request.site == site and request.run == self._run and site not in self._excluded:
+            self._present.discard(site)
+            self._behind[site] = request
+            self._notify(f"{site} has missed a sum and asks the others for the model")
+
+    def _bring_up_to_date(self) -> None:
+        """Have those who are behind given the model by a site that has it, before a round begins."""
+        deadline = time.monotonic() + self._manifest.deadlines.phase_seconds
+        for site, request in self._behind.copy().items():
+            donor = min(self._up_to_date & self._present, default=None)
+            if donor is None or not self._send(donor, control.encode(request)):
+                del self._behind[site]
+        while self._behind and (left := deadline - time.monotonic()) > 0:
+            delivery = self._endpoint.receive(left)
+            if delivery is not None:
+                self._take_control(delivery)
+        self._behind.clear()  # whoever got nothing will ask again
+
+    def _pass_on(self, donor: SiteId, copy: ModelCopy) -> None:
+        site = SiteId(copy.site)
+        if copy.donor == donor and self._behind.pop(site, None) is not None and self._send(site, control.encode(copy)):
+            self._present.add(site)
+            self._up_to_date.add(site)
+            self._notify(f"{site} has the model from {donor}")
+
+    def _move_model(self, aggregate: Aggregate) -> None:
+        if self._held_by_sites:
+            self._model, self._name = b"", next_name(self._name, aggregate.digest)
+            self._up_to_date = self._receipted
+            return
+        self._model = self._spec.to_bytes(self._optimizer.step(mean_update(self._manifest, aggregate)))
+        self._name = model_digest(self._model)
+        self._save_model()
 
     # --- one round ---
 
     def _play(self, number: int, purpose: Purpose) -> tuple[RoundRecord, Aggregate | None]:
         """One round from its start to a release or an abort; the record says which, the aggregate is None for the
         latter."""
+        self._bring_up_to_date()
         if len(self._present) < self._manifest.policy.minimum_cohort:
             self._wait_for_sites()
+        self._receipted = set()
         record = RoundRecord(run=self._run, number=number, purpose=purpose, cohort=tuple(sorted(self._present)))
         parameters = round_parameters(
             self._manifest,
@@ -200,11 +256,18 @@ class CoordinatorLoop:
             round_number=number,
             purpose=purpose,
             cohort=record.cohort,
-            model_digest=model_digest(self._model),
+            model_digest=self._name,
         )
         machine = Coordinator(parameters=parameters, spread=self._pool.map, spool=self._spool)
         start = control.encode(
-            StartRound(run=self._run, round_number=number, purpose=purpose, cohort=record.cohort, payload=self._model)
+            StartRound(
+                run=self._run,
+                round_number=number,
+                purpose=purpose,
+                cohort=record.cohort,
+                model_name=self._name if self._held_by_sites else b"",
+                payload=self._model,
+            )
         )
         for site in parameters.cohort:
             if not self._send(site, start):
@@ -214,12 +277,7 @@ class CoordinatorLoop:
             aggregate = machine.phase.aggregate
             record.survivors = aggregate.survivors
             totals = aggregate.totals
-            if TOTAL in totals:
-                record.metrics = metrics_from_counts(
-                    correct=int(totals[CORRECT][0]),
-                    total=int(totals[TOTAL][0]),
-                    histogram=totals[HISTOGRAM].reshape(2, -1),
-                )
+            record.metrics = metrics_of(aggregate)
             record.examples = int(totals[WEIGHT][0]) if WEIGHT in totals else None
             return record, aggregate
         if isinstance(machine.phase, Aborted):
@@ -295,8 +353,12 @@ class CoordinatorLoop:
         for item in outbound:
             if isinstance(item.message, RoundFailed):  # of a round that goes on: this site cannot be recovered
                 self._note_dropped(machine, record, [item.recipient])
-            if not self._send(item.recipient, [control.ROUND, *round_codec.encode(item.message)]):
+            header, *chunks = round_codec.encode(item.message)
+            frames = [[control.ROUND, header], *(control.encode_chunk(machine.context, chunk) for chunk in chunks)]
+            if not all(self._send(item.recipient, message) for message in frames):
                 unreachable.append(item.recipient)
+            elif isinstance(item.message, RoundReceipt):
+                self._receipted.add(item.recipient)
         self._give_up(machine, record, unreachable)
 
     def _give_up(self, machine: Coordinator, record: RoundRecord, sites: Iterable[SiteId]) -> None:

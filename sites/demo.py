@@ -22,6 +22,8 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
+from secureagg.homomorphic import check_installed
+from secureagg.parameters import Backend
 from sites.config import OwnData, save_config
 from sites.coordinator_loop import RoundRecord
 from sites.datasets.heart import HOSPITALS, load_hospitals
@@ -29,9 +31,9 @@ from sites.errors import ConfigurationError, FederationFailed
 from sites.evaluation import Metrics
 from sites.files import write_atomic
 from sites.keys import Keys, generate_keys, save_keys
-from sites.manifest import Manifest, Privacy, Training
-from sites.programs import DROPPED_EXIT_STATUS, SiteSummary, stop_at
-from sites.recipe import DEADLINES, PRIVACY, TRAINING, new_manifest, recipe_of
+from sites.manifest import Manifest, Policy, Privacy, Training
+from sites.programs import DROPPED_EXIT_STATUS, MODEL, SiteSummary, stop_at
+from sites.recipe import DEADLINES, HOMOMORPHIC, POLICY, PRIVACY, TRAINING, new_manifest, recipe_of
 from sites.reference import evaluate_heart, pool, train_alone, train_pooled
 from sites.rounds import model_spec
 from sites.trainer import initial_heart_model
@@ -92,6 +94,7 @@ def run_demo(
     *,
     console: Console,
     mode: str = PRIVACY.mode,
+    backend: Backend = "masked",
     rounds: int | None = None,
     epsilon: float = PRIVACY.epsilon,
     data_folder: Path | None = None,
@@ -101,9 +104,9 @@ def run_demo(
 ) -> DemoResult:
     """Run the demo, print its tables to ``console``, and return its result.
 
-    ``mode``: of privacy; ``rounds``: by default the recipe's for it; ``drops``: "SITE:PHASE" for each hospital whose
-    machine fails in the middle round.  Raises ConfigurationError for
-    unfit options and FederationFailed if the coordinator gives up.
+    ``mode``: of privacy; ``backend``: with "homomorphic", only the hospitals see the model; ``rounds``: by default the
+    recipe's for the mode; ``drops``: "SITE:PHASE" for each hospital whose machine fails in the middle round.  Raises
+    ConfigurationError for unfit options and FederationFailed if the coordinator gives up.
     """
     began = time.monotonic()
     training, privacy = recipe_of(mode)
@@ -111,13 +114,20 @@ def run_demo(
     training = msgspec.structs.replace(training, rounds=rounds)
     privacy = msgspec.structs.replace(privacy, epsilon=epsilon)
     failing = dict(_drop(text) for text in drops)
+    if backend == "homomorphic":
+        check_installed()
     hospitals = load_hospitals(data_folder)  # before anything starts: a missing file is told at once
     if json_file is not None and not json_file.parent.is_dir():
         raise ConfigurationError(f"{json_file}: folder {json_file.parent} does not exist")
     with _folder(keep) as folder, _progress(console) as progress:
         task = progress.add_task("keys and a signed manifest", total=rounds + 1)
         manifest = _create_consortium(
-            folder, training=training, privacy=privacy, data_folder=data_folder, deadlines_for_drops=bool(failing)
+            folder,
+            training=training,
+            privacy=privacy,
+            policy=POLICY if backend == "masked" else HOMOMORPHIC,
+            data_folder=data_folder,
+            deadlines_for_drops=bool(failing),
         )
         middle = (rounds + 1) // 2
         progress.update(task, description="hospitals are starting")
@@ -136,15 +146,16 @@ def run_demo(
         progress.update(task, completed=rounds + 1, description="finished")
         records = _records(folder)
         summaries = _summaries(folder)
-        shutil.copyfile(folder / COORDINATOR / "model.safetensors", folder / "model.safetensors")
+        survivor = next(name for name in HOSPITALS if name not in failing)
+        shutil.copyfile(folder / (COORDINATOR if backend == "masked" else survivor) / MODEL, folder / MODEL)
         spec = model_spec(manifest)
-        final = spec.restore(spec.from_bytes((folder / "model.safetensors").read_bytes(), who="final model"))
+        final = spec.restore(spec.from_bytes((folder / MODEL).read_bytes(), who="final model"))
     # Without failures these are the very metrics that the coordinator read off the last sum of counts.
     federated = evaluate_heart(final, test, bins)
     own_seconds = [_training_seconds(record, summaries) for record in records]
     aggregation = [sum(record.seconds.values()) - own for record, own in zip(records, own_seconds, strict=True)]
     result = DemoResult(
-        backend="masked",
+        backend=backend,
         mode=mode,
         rounds=rounds,
         sites=[
@@ -175,7 +186,7 @@ def run_demo(
         soft_wrap=True,
     )
     _print_failures(console, records)
-    console.print(_view_table(records))
+    console.print(_view_table(records, backend))
     if keep is not None:
         console.print(f"Everything is kept in {keep}: manifest, keys, each site's state, the model.", soft_wrap=True)
     return result
@@ -219,7 +230,13 @@ def _progress(console: Console) -> Progress:
 
 
 def _create_consortium(
-    folder: Path, *, training: Training, privacy: Privacy, data_folder: Path | None, deadlines_for_drops: bool
+    folder: Path,
+    *,
+    training: Training,
+    privacy: Privacy,
+    policy: Policy,
+    data_folder: Path | None,
+    deadlines_for_drops: bool,
 ) -> Manifest:
     """Keys for everybody, a manifest signed by everybody, a SITE.toml for each hospital, the initial model."""
     keys: dict[str, Keys] = {name: generate_keys(name) for name in (COORDINATOR, *HOSPITALS)}
@@ -236,6 +253,7 @@ def _create_consortium(
         changes={
             "training": training,
             "privacy": privacy,
+            "policy": policy,
             "deadlines": DEADLINES_WITH_DROPS if deadlines_for_drops else DEADLINES,
         },
     )
@@ -386,7 +404,7 @@ def _metrics_table(result: DemoResult, held_out: int) -> Table:
     return table
 
 
-def _view_table(records: list[RoundRecord]) -> Table:
+def _view_table(records: list[RoundRecord], backend: Backend) -> Table:
     """What the coordinator received in the last training round, and what it could make of it."""
     last = [record for record in records if record.purpose == "train" and not record.error][-1]
     table = Table(title=f"What the coordinator saw of round {last.number}", title_justify="left", show_header=False)
@@ -394,12 +412,13 @@ def _view_table(records: list[RoundRecord]) -> Table:
         table.add_row(site, f"{last.bytes_received[site]:,} bytes; its masked input begins {sample}")
     table.add_section()
     together = f"of {len(last.survivors)} hospitals together"
-    what = (
-        f"{last.examples} examples, the mean update and evaluation counts"
-        if last.examples is not None
-        else "the noised sum, by which the model moves,"
-    )
-    table.add_row("their sum", f"{what} {together}")
+    if backend == "homomorphic":
+        what = f"nothing: it is encrypted, and only the {len(last.survivors)} hospitals have the key and the model"
+    elif last.examples is not None:
+        what = f"{last.examples} examples, the mean update and evaluation counts {together}"
+    else:
+        what = f"the noised sum, by which the model moves, {together}"
+    table.add_row("their sum", what)
     return table
 
 

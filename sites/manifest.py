@@ -18,7 +18,16 @@ import tomli_w
 from dp.errors import UnsupportedEvent
 from secureagg import AuthenticationFailed, Card, Identity, ParameterError, Roster, SiteId
 from secureagg.identity import verify
-from secureagg.parameters import COMPLETE_UP_TO, Graph, ThresholdOptions, choose_thresholds
+from secureagg.parameters import (
+    COMPLETE_UP_TO,
+    Backend,
+    Graph,
+    Release,
+    ThresholdOptions,
+    check_backend,
+    choose_thresholds,
+)
+from secureagg.slots import slot_bits
 from sites.errors import ManifestError
 from sites.files import write_atomic
 from sites.keys import card_fields
@@ -50,7 +59,8 @@ class Policy(_Table, frozen=True):
     """Least number of sites in a round, most that may collude with the coordinator, least number in a released sum.
 
     ``graph``: see ``secureagg.parameters.choose_thresholds``; on the sparse graph of large cohorts a round survives
-    that ``dropout_percent`` of the cohort drop out.
+    that ``dropout_percent`` of the cohort drop out.  ``backend``, ``release_to``: see ``RoundParameters``; with the
+    homomorphic backend and the sites alone, nobody else ever sees the model.
     """
 
     minimum_cohort: Annotated[int, msgspec.Meta(ge=3, le=1000)]
@@ -59,6 +69,8 @@ class Policy(_Table, frozen=True):
     graph: Graph
     dropout_percent: Annotated[int, msgspec.Meta(ge=0, le=50)]
     threshold: Literal["two-thirds"] = "two-thirds"
+    backend: Backend = "masked"
+    release_to: Release = "coordinator"
 
     def thresholds(self, cohort_size: int, *, at_least: int = 0) -> ThresholdOptions:
         """What ``RoundParameters.create`` is to be given for a cohort of this size: these numbers, and more survivors
@@ -67,7 +79,9 @@ class Policy(_Table, frozen=True):
         Raises ParameterError for a policy that is not safe for it.
         """
         options = ThresholdOptions(graph=self.graph, max_corrupt=self.max_corrupt)
-        if self.graph == "sparse" or (self.graph == "auto" and cohort_size > COMPLETE_UP_TO):
+        if self.backend == "homomorphic":
+            options["graph"] = "complete"
+        elif self.graph == "sparse" or (self.graph == "auto" and cohort_size > COMPLETE_UP_TO):
             options["max_dropouts"] = cohort_size * self.dropout_percent // 100
         enforced = choose_thresholds(cohort_size, **options).minimum_survivors
         options["minimum_survivors"] = max(self.minimum_survivors, enforced, at_least)
@@ -342,6 +356,9 @@ class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
             self.coordinator.card.check()
             roster = self.roster
             self._check_privacy(where)
+            check_backend(self.policy.backend, self.policy.release_to, self.policy.graph)
+            if self.policy.backend == "homomorphic":
+                slot_bits(len(self.sites))
             for size in (self.policy.minimum_cohort, len(self.sites)):
                 self.thresholds(size)
         except (ParameterError, AuthenticationFailed) as error:

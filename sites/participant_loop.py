@@ -16,7 +16,7 @@ import threading
 import time
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -36,17 +36,19 @@ from secureagg import (
     encode_input,
 )
 from secureagg import codec as round_codec
+from secureagg.homomorphic import check_installed
 from secureagg.keystream import Spread
 from secureagg.messages import ToCoordinator
 from secureagg.phases import Aborted, ParticipantFinished
 from sites import control
 from sites.config import OpenSite, open_site
-from sites.control import FederationOver, Hello, Purpose, Refused, StartRound, Withdraw
-from sites.errors import ConfigurationError, FederationFailed
-from sites.evaluation import count_correct, score_histogram
+from sites.control import CopyRequest, FederationOver, Hello, ModelCopy, Purpose, Refused, StartRound, Withdraw
+from sites.errors import ConfigurationError, FederationFailed, ManifestError, SiteError
+from sites.evaluation import Metrics, count_correct, score_histogram
+from sites.held_model import HeldModel
 from sites.journal import SqliteJournal
 from sites.model_state import State, model_digest
-from sites.rounds import CORRECT, HISTOGRAM, TOTAL, UPDATE, model_spec, round_parameters
+from sites.rounds import CORRECT, HISTOGRAM, TOTAL, UPDATE, metrics_of, model_spec, round_parameters
 from transport import COORDINATOR, Endpoint, PeerUnreachable, TransportError, connect
 
 if TYPE_CHECKING:
@@ -216,8 +218,7 @@ class Federation:
         while (item := self._session.next_task()) is not None:
             self._note_sent()
             if isinstance(item, FederationOver):
-                vector = self._session.spec.from_bytes(item.payload, who="final model")
-                self._final_state = self._session.spec.restore(vector)
+                self._final_state = self._session.spec.restore(self._session.final_vector(item))
                 if item.code != "finished":
                     raise FederationFailed(
                         f"the coordinator ended the federation ({item.code}); see its own log for why"
@@ -258,13 +259,14 @@ def join(config: str | Path, *, evaluate: Evaluate | None = None) -> Federation:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RoundResult:
     """How a round ended for this site: "finished", "withdrawn", "unfinished" or an error's code; ``survivors``: how
-    many sites are in a finished round's sum."""
+    many sites are in a finished round's sum; ``metrics``: of the model it started from, where sites open the sums."""
 
     run: str
     number: int
     purpose: Purpose
     result: str
     survivors: int | None = None
+    metrics: Metrics | None = None
 
 
 class _Task:
@@ -288,6 +290,7 @@ class _Session:
     def __init__(self, site: OpenSite, endpoint: Endpoint | None) -> None:
         self.site = site
         self.spec = model_spec(site.manifest)
+        self._held = HeldModel(site.manifest, site.keys)
         self.history: list[RoundResult] = []
         self._endpoint = endpoint
         self._journal: SqliteJournal | None = None
@@ -309,6 +312,8 @@ class _Session:
     def start(self) -> None:
         """Open the journal and the connection, and start the thread."""
         site = self.site
+        if site.manifest.policy.backend == "homomorphic":
+            check_installed()
         try:
             site.state.mkdir(parents=True, exist_ok=True)
         except OSError as error:
@@ -413,7 +418,12 @@ class _Session:
 
     def _take(self, frames: tuple[bytes, ...]) -> None:
         if frames[0] == control.ROUND:
-            self._take_round_message(frames[1:])
+            self._step(lambda participant: participant.receive(round_codec.decode_from_coordinator(frames[1:])))
+            return
+        if frames[0] == control.CHUNK:
+            context, chunk = control.decode_chunk(frames[1:])
+            if self._task is not None and self._task.parameters.context == context:
+                self._step(lambda participant: participant.receive_chunk(chunk))
             return
         match control.decode_from_coordinator(frames[1:]):
             case StartRound() as start:
@@ -424,6 +434,13 @@ class _Session:
                     self._over, self._offer = True, over
                     self._changed.notify_all()
                 self._stop.set()
+            case CopyRequest() as request:
+                with _logged(f"request of {request.site}"):
+                    if (copy := self._held.seal(request)) is not None:
+                        self._send(copy)
+            case ModelCopy() as copy:
+                with _logged("model of another site"):
+                    self._held.open(copy)
             case Refused(code=code):
                 hint = f"; this site holds the one with digest {self.site.manifest.digest.hex()[:16]}..."
                 raise FederationFailed(
@@ -437,14 +454,19 @@ class _Session:
         self._end_round("unfinished")
         site = self.site
         try:
-            vector = self.spec.from_bytes(start.payload, who=f"global model of round {start.round_number}")
+            vector, digest = self._model_of(start)
+            if vector is None:
+                # The others will have moved on by the time that this site has their model.
+                self._send(self._held.request(start.run))
+                self._send(Withdraw(run=start.run, round_number=start.round_number, leaving=False))
+                return
             parameters = round_parameters(
                 site.manifest,
                 run=start.run,
                 round_number=start.round_number,
                 purpose=start.purpose,
                 cohort=start.cohort,
-                model_digest=model_digest(start.payload),
+                model_digest=digest,
             )
             participant = Participant(
                 site=site.name,
@@ -455,7 +477,7 @@ class _Session:
                 spread=self.spread,
             )
             messages = participant.start()
-        except SecureAggregationError as error:
+        except (SecureAggregationError, ManifestError) as error:
             log.error("round %d refused: %s", start.round_number, error)
             self.history.append(
                 RoundResult(run=start.run, number=start.round_number, purpose=start.purpose, result=error.code)
@@ -468,19 +490,39 @@ class _Session:
             self._changed.notify_all()
         self._send_round(messages)
 
-    def _take_round_message(self, frames: tuple[bytes, ...]) -> None:
+    def _model_of(self, start: StartRound) -> tuple[npt.NDArray[np.float32] | None, bytes]:
+        """The global model that a round is about, None if this site has not got it, and its digest or name."""
+        if self.site.manifest.policy.release_to == "coordinator":
+            who = f"global model of round {start.round_number}"
+            return self.spec.from_bytes(start.payload, who=who), model_digest(start.payload)
+        held = self._held
+        if start.payload and held.run != start.run:
+            held.begin(start.run, start.payload)
+        known = (held.run, held.name) == (start.run, start.model_name)
+        return held.vector if known else None, start.model_name
+
+    def final_vector(self, over: FederationOver) -> npt.NDArray[np.float32]:
+        """The final model; FederationFailed where only the others have it."""
+        if self.site.manifest.policy.release_to == "coordinator":
+            return self.spec.from_bytes(over.payload, who="final model")
+        if self._held.name != over.model_name:
+            raise FederationFailed("final model: this site missed the last sum, and the others are gone")
+        return self._held.vector
+
+    def _step(self, step: Callable[[Participant], list[ToCoordinator]]) -> None:
+        """Let the round's machine take what arrived, and send what it answers."""
         participant = self._participant
         if participant is None:
             return  # a late message of a round that this site has left
         try:
-            self._send_round(participant.receive(round_codec.decode_from_coordinator(frames)))
+            self._send_round(step(participant))
         except SecureAggregationError as error:
             log.error("%s", error)
             self._withdraw(leaving=False)
             self._end_round(error.code)
             return
         if isinstance(participant.phase, ParticipantFinished):
-            self._end_round("finished", survivors=participant.phase.receipt.survivors)
+            self._finish_round(participant.phase)
         elif isinstance(participant.phase, Aborted):
             log.warning("%s", participant.phase.error)
             self._end_round(participant.phase.error.code)
@@ -496,7 +538,15 @@ class _Session:
         else:
             self._send_round(participant.submit(encoded))
 
-    def _end_round(self, result: str, *, survivors: int | None = None) -> None:
+    def _finish_round(self, phase: ParticipantFinished) -> None:
+        aggregate, task = phase.aggregate, self._task
+        training = task is not None and task.purpose == "train"
+        if training and aggregate is not None and self.site.manifest.policy.release_to == "sites":
+            self._held.move(aggregate)
+        metrics = None if aggregate is None else metrics_of(aggregate)
+        self._end_round("finished", survivors=phase.receipt.survivors, metrics=metrics)
+
+    def _end_round(self, result: str, *, survivors: int | None = None, metrics: Metrics | None = None) -> None:
         task, self._participant = self._task, None
         if task is not None:
             parameters = task.parameters
@@ -507,6 +557,7 @@ class _Session:
                     purpose=task.purpose,
                     result=result,
                     survivors=survivors,
+                    metrics=metrics,
                 )
             )
         with self._changed:
@@ -553,3 +604,12 @@ class _Session:
             self._connection.send(COORDINATOR, [control.ROUND, header])
             while chunks:
                 self._connection.send(COORDINATOR, control.encode_chunk(context, chunks.pop(0)))
+
+
+@contextmanager
+def _logged(what: str) -> Iterator[None]:
+    """Note in the log, instead of raising, that what another site sent is of no use."""
+    try:
+        yield
+    except (SecureAggregationError, SiteError) as error:
+        log.error("%s: %s", what, error)

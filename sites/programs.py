@@ -13,6 +13,7 @@ import msgspec
 
 from secureagg import codec as round_codec
 from secureagg.coordinator import MESSAGE_OF_PHASE
+from secureagg.homomorphic import check_installed
 from secureagg.messages import KeyAdvertisement
 from sites import control
 from sites.config import OpenSite, open_site
@@ -23,12 +24,14 @@ from sites.keys import load_keys
 from sites.manifest import Manifest
 from sites.model_state import model_digest
 from sites.participant_loop import Federation, RoundResult
+from sites.rounds import model_spec
 from sites.trainer import Trainer, trainer_for
 from transport import DealerEndpoint, Endpoint, Limits, PeerId, listen
 
 log = logging.getLogger("secureagg.site")
 
 DROPPED_EXIT_STATUS: Final = 70
+MODEL: Final = "model.safetensors"  # in the state folder of a site: the final global model
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -62,6 +65,8 @@ def run_coordinator(
     """Coordinate one whole run of the consortium; the final model is in ``state``/model.safetensors."""
     manifest = Manifest.load(manifest_path)
     manifest.check()
+    if manifest.policy.backend == "homomorphic":
+        check_installed()
     own = load_keys(keys)
     if own.identity.public_key.hex() != manifest.coordinator.signing_key:
         raise ConfigurationError(f"{keys}: not the keys of the coordinator that {manifest_path} names")
@@ -131,6 +136,9 @@ def _run_site(
             )
             report(f"round {training_round.number} of {training_round.total}: {seconds[-1]:.2f} s of training, {spent}")
             training_round.submit_trained(result)
+        spec = model_spec(site.manifest)
+        final = spec.flatten(federation.final_state, who="final model")
+        write_atomic(site.state / MODEL, spec.to_bytes(final))
         return summarise()
 
 

@@ -42,6 +42,7 @@ PRIVACY: Final = Privacy(mode="local", epsilon=1.0, delta=1e-3, clip_norm=0.5)
 SHARED_TRAINING: Final = msgspec.structs.replace(TRAINING, rounds=20, local_steps=1, batch_size=243)
 SITE_TRAINING: Final = msgspec.structs.replace(TRAINING, rounds=1, local_steps=2, learning_rate=1.0)
 SAMPLING_RATE: Final = 0.5  # of patients in a step, with shared noise: 243 of 486
+HOMOMORPHIC: Final = msgspec.structs.replace(POLICY, backend="homomorphic", release_to="sites")
 DEADLINES: Final = Deadlines(join_seconds=60.0, phase_seconds=30.0, training_seconds=60.0)
 
 

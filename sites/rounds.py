@@ -9,6 +9,7 @@ import numpy.typing as npt
 from dp.shared import decode
 from secureagg import Aggregate, Counts, FixedPoint, Lane, ParameterError, RingElements, RoundParameters, SiteId
 from sites.control import Purpose
+from sites.evaluation import Metrics, metrics_from_counts
 from sites.manifest import Manifest
 from sites.model_state import ModelSpec
 
@@ -69,7 +70,21 @@ def round_parameters(
         lanes=lanes,
         model_digest=model_digest,
         max_weight=manifest.encoding.max_examples if weighted else None,
+        backend=manifest.policy.backend,
+        release_to=manifest.policy.release_to,
         **manifest.thresholds(len(members)),
+    )
+
+
+def metrics_of(aggregate: Aggregate) -> Metrics | None:
+    """What a round's summed counts say about the model it started from; None if it had none."""
+    totals = aggregate.totals
+    if TOTAL not in totals:
+        return None
+    return metrics_from_counts(
+        correct=int(totals[CORRECT][0]),
+        total=int(totals[TOTAL][0]),
+        histogram=totals[HISTOGRAM].reshape(2, -1),
     )
 
 

@@ -5,13 +5,15 @@ averaging is SGD with learning rate 1, FedAvgM adds momentum, FedAdam is Adam.
 """
 
 from collections.abc import Callable
-from typing import Final
+from typing import Final, Self
 
 import numpy as np
 import numpy.typing as npt
 import torch
+from safetensors import SafetensorError
+from safetensors.torch import load, save
 
-from secureagg import ParameterError
+from secureagg import ParameterError, ShapeMismatch
 
 _OPTIMIZERS: Final[dict[str, Callable[[list[torch.nn.Parameter], float], torch.optim.Optimizer]]] = {
     "average": lambda parameters, rate: torch.optim.SGD(parameters, lr=rate),
@@ -19,6 +21,7 @@ _OPTIMIZERS: Final[dict[str, Callable[[list[torch.nn.Parameter], float], torch.o
     "adam": lambda parameters, rate: torch.optim.Adam(parameters, lr=rate, betas=(0.9, 0.99), eps=1e-3),
 }
 NAMES: Final = tuple(_OPTIMIZERS)
+_VECTOR: Final = "vector"
 
 
 class ServerOptimizer:
@@ -40,3 +43,24 @@ class ServerOptimizer:
         self._parameter.grad = torch.from_numpy(-mean_update).to(torch.float32)
         self._optimizer.step()
         return self.vector
+
+    def to_bytes(self) -> bytes:
+        """The model and what the optimizer remembers, as a safetensors file."""
+        remembered = self._optimizer.state[self._parameter]
+        tensors = {name: value for name, value in remembered.items() if isinstance(value, torch.Tensor)}
+        return save({_VECTOR: self._parameter.detach(), **tensors})
+
+    @classmethod
+    def from_bytes(cls, data: bytes, name: str, learning_rate: float, *, length: int, who: str) -> Self:
+        """What ``to_bytes`` gave, of a model of ``length`` numbers; ShapeMismatch naming ``who`` for anything else."""
+        try:
+            tensors = load(data)
+        except (SafetensorError, KeyError) as error:
+            raise ShapeMismatch(f"{who}: not a server optimizer") from error
+        vector = tensors.pop(_VECTOR, torch.empty(0))
+        shapes = {vector.shape, *(tensor.shape for tensor in tensors.values() if tensor.ndim)}
+        if shapes != {(length,)} or vector.dtype != torch.float32:
+            raise ShapeMismatch(f"{who}: found tensors of {sorted(map(tuple, shapes))}, expected float32 ({length},)")
+        made = cls(name, learning_rate, vector.numpy())
+        made._optimizer.state[made._parameter].update(tensors)
+        return made

@@ -4,7 +4,7 @@ import msgspec
 import numpy as np
 import pytest
 
-from secureagg import ParameterError
+from secureagg import ParameterError, ShapeMismatch
 from sites import recipe
 from sites.manifest import Training
 from sites.server_optimizer import NAMES, ServerOptimizer
@@ -78,3 +78,25 @@ def test_the_manifest_allows_the_same_names(name):
     """Every optimizer that exists can be named in a manifest."""
     fields = {**msgspec.to_builtins(recipe.TRAINING), "server_optimizer": name}
     assert msgspec.convert(fields, Training).server_optimizer == name
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("steps", [0, 1, 3])
+def test_it_goes_on_where_it_was_saved(name: str, steps: int):
+    """Saved and read back, before its first step too, it makes the same steps as if nothing had happened."""
+    server = ServerOptimizer(name, 0.5, START)
+    for _ in range(steps):
+        server.step(FIRST)
+    again = ServerOptimizer.from_bytes(server.to_bytes(), name, 0.5, length=4, who="saved")
+    assert again.vector.tolist() == server.vector.tolist()
+    assert again.step(SECOND).tolist() == server.step(SECOND).tolist()
+
+
+def test_what_is_no_saved_optimizer():
+    """Bytes of something else, and a model of another length, are refused with the name of whoever gave them."""
+    longer = ServerOptimizer("adam", 0.5, np.zeros(5, np.float32))
+    longer.step(np.ones(5))
+    with pytest.raises(ShapeMismatch, match=r"saved: found tensors of \[\(5,\)\], expected float32 \(4,\)"):
+        ServerOptimizer.from_bytes(longer.to_bytes(), "adam", 0.5, length=4, who="saved")
+    with pytest.raises(ShapeMismatch, match="saved: not a server optimizer"):
+        ServerOptimizer.from_bytes(b"x" * 100, "adam", 0.5, length=4, who="saved")
