@@ -68,9 +68,9 @@ class Policy(_Table, frozen=True):
     minimum_survivors: Annotated[int, msgspec.Meta(ge=3, le=1000)]
     graph: Graph
     dropout_percent: Annotated[int, msgspec.Meta(ge=0, le=50)]
+    backend: Backend
+    release_to: Release
     threshold: Literal["two-thirds"] = "two-thirds"
-    backend: Backend = "masked"
-    release_to: Release = "coordinator"
 
     def thresholds(self, cohort_size: int, *, at_least: int = 0) -> ThresholdOptions:
         """What ``RoundParameters.create`` is to be given for a cohort of this size: these numbers, and more survivors

@@ -27,7 +27,15 @@ from sites.manifest import (
 )
 from sites.model_state import ModelSpec, model_digest
 
-POLICY: Final = Policy(minimum_cohort=3, max_corrupt=1, minimum_survivors=3, graph="auto", dropout_percent=10)
+POLICY: Final = Policy(
+    minimum_cohort=3,
+    max_corrupt=1,
+    minimum_survivors=3,
+    graph="auto",
+    dropout_percent=10,
+    backend="masked",
+    release_to="coordinator",
+)
 ENCODING: Final = Encoding(value_bits=16, value_range=2.0, out_of_range="clip", max_examples=100_000)
 EVALUATION: Final = Evaluation(histogram_bins=200, max_examples=100_000)
 TRAINING: Final = Training(

@@ -233,6 +233,23 @@ def test_a_model_that_cannot_travel(run: Run, tmp_path: Path) -> None:
     assert not (tmp_path / "manifest.toml").exists()
 
 
+@pytest.mark.parametrize(("options", "released"), [((), "sites"), (("--release-to", "coordinator"), "coordinator")])
+def test_a_consortium_on_the_homomorphic_backend(
+    run: Run, tmp_path: Path, options: tuple[str, ...], released: str
+) -> None:
+    """The backend is chosen when the manifest is made, for the sites' eyes only unless they say otherwise."""
+    for name in ("sum", *NAMES):
+        run("keygen", name, "--out", tmp_path)
+    manifest, cards = tmp_path / "manifest.toml", [tmp_path / f"{name}.card" for name in NAMES]
+    status, _, err = run(
+        *("consortium", "create", manifest, "--name", "Test", "--coordinator", tmp_path / "sum.card"),
+        *("--address", "tcp://127.0.0.1:9", "--backend", "homomorphic", *options, *cards),
+    )
+    assert status == 0, err
+    policy = Manifest.load(manifest).policy
+    assert (policy.backend, policy.release_to) == ("homomorphic", released)
+
+
 def test_unknown_site(run: Run, consortium: Path) -> None:
     """A site that the manifest does not list can neither sign nor start."""
     run("keygen", "stranger", "--out", consortium)

@@ -224,3 +224,23 @@ def test_noise_that_hospitals_share(tmp_path, mode: str, ledger: str) -> None:
         assert realised == ([4] if gone else [4, 3, 3])
         assert site["epsilon"] <= 1
         assert (site["epsilon"] > 0.95) is not gone
+
+
+def test_sums_that_the_coordinator_cannot_read(tmp_path) -> None:
+    """On the homomorphic backend, with shared noise inside and a hospital that fails, the hospitals end with a model
+    that has learnt something; the coordinator has no model and no figure of it, and its ciphertexts are all it saw."""
+    pytest.importorskip("tenseal", reason="the extra `homomorphic` is not installed")
+    options = ("--backend", "homomorphic", "--mode", "shared", "--rounds", "4", "--drop", "va:Decrypting")
+    result, shown, kept = demo(tmp_path, *options)
+    assert (result["backend"], result["mode"]) == ("homomorphic", "shared")
+    assert [site["survived"] for site in result["sites"]] == [True, True, True, False]
+    assert result["metrics"]["federated"]["auc"] > 0.7
+    assert "only the 3 hospitals have the key and the model" in re.sub(r"[\s│]+", " ", shown)
+    assert "Round 2: va stopped answering in Decrypting; the round released the sum of cleveland, hungary," in shown
+    assert not (kept / "coordinator" / "model.safetensors").exists()
+    last = json.loads((kept / "coordinator" / "rounds.jsonl").read_text().splitlines()[-1])
+    assert (last["metrics"], last["examples"]) == (None, None)
+    models = {(kept / name / "model.safetensors").read_bytes() for name in HOSPITALS if name != "va"}
+    assert models == {(kept / "model.safetensors").read_bytes()}
+    summary = json.loads((kept / "hungary" / "summary.json").read_text())
+    assert summary["rounds"][-1]["metrics"]["auc"] > 0.7

@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 import msgspec
@@ -13,24 +14,37 @@ from dp.chain import verify
 from dp.rows import read_ledger
 from sites.config import LEDGER
 from sites.demo import free_port
+from sites.manifest import Policy
 from sites.model_state import ModelSpec
-from sites.recipe import PRIVACY, TRAINING
+from sites.recipe import HOMOMORPHIC, POLICY, PRIVACY, TRAINING
 
 EXAMPLE = Path(__file__).parents[2] / "examples" / "embed.py"
 PRIVATE_EXAMPLE = EXAMPLE.with_name("embed_private.py")
 HOSPITALS = ("cleveland", "hungary", "va")
 
+needs_tenseal = pytest.mark.skipif(find_spec("tenseal") is None, reason="the extra `homomorphic` is not installed")
 
-@pytest.mark.parametrize(("example", "mode"), [(EXAMPLE, "none"), (PRIVATE_EXAMPLE, "local")])
-def test_an_example_trains_with_a_real_coordinator(tmp_path: Path, example: Path, mode: str) -> None:
-    """Three copies of an example and a coordinator end without an error, with a model that has moved; with privacy
-    each has booked and sent both rounds, and spent no more than its budget."""
+
+@pytest.mark.parametrize(
+    ("example", "mode", "policy"),
+    [
+        (EXAMPLE, "none", POLICY),
+        (PRIVATE_EXAMPLE, "local", POLICY),
+        pytest.param(PRIVATE_EXAMPLE, "local", HOMOMORPHIC, marks=needs_tenseal),
+    ],
+    ids=["masked", "private", "homomorphic"],
+)
+def test_an_example_trains_with_a_real_coordinator(tmp_path: Path, example: Path, mode: str, policy: Policy) -> None:
+    """Three copies of an example and a coordinator end without an error, with a model that has moved and that the
+    coordinator has only where the sums are for it; with privacy each has booked and sent both rounds, and spent no more
+    than its budget."""
     consortium = make_consortium(
         tmp_path,
         names=HOSPITALS,
         address=f"tcp://127.0.0.1:{free_port()}",
         privacy=msgspec.structs.replace(PRIVACY, mode=mode),
         training=msgspec.structs.replace(TRAINING, rounds=2),
+        policy=policy,
     )
     commands = {
         "coordinator": [
@@ -55,8 +69,11 @@ def test_an_example_trains_with_a_real_coordinator(tmp_path: Path, example: Path
     assert {error for _, error in outputs.values()} == {""}
     for name in HOSPITALS:
         assert "round 2 of 2 submitted" in outputs[name][0]
-    data = (tmp_path / "state" / "model.safetensors").read_bytes()
-    assert np.abs(ModelSpec.of_bytes(data, who="model").from_bytes(data, who="model")).max() > 0.01
+    model = tmp_path / "state" / "model.safetensors"
+    assert model.exists() == (policy is POLICY)
+    if model.exists():
+        data = model.read_bytes()
+        assert np.abs(ModelSpec.of_bytes(data, who="model").from_bytes(data, who="model")).max() > 0.01
 
     for name in HOSPITALS if mode == "local" else ():
         found = verify(read_ledger(consortium.site_configs[name].parent / LEDGER))

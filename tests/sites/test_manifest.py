@@ -15,6 +15,7 @@ from sites import recipe
 from sites.errors import ManifestError
 from sites.keys import generate_keys
 from sites.manifest import LABEL, Manifest, Signature
+from sites.rounds import round_parameters
 from transport import public_key
 
 NAMES = ("a", "b", "c", "d")
@@ -92,6 +93,8 @@ CHOICES = {
     "server_optimizer": "adam",
     "address": "tcp://127.0.0.1:10",
     "graph": "complete",
+    "backend": "homomorphic",
+    "release_to": "sites",
 }
 FIXED = {"version": 2, "threshold": "half", "unit": "visit"}  # fields that allow one value only
 
@@ -399,6 +402,34 @@ def test_a_tensor_listed_twice():
 def test_unsafe_policies(numbers, match):
     """Thresholds that are not safe in the smallest or the largest cohort are refused with the inequality."""
     refused(match, policy=msgspec.structs.replace(sound().policy, **numbers))
+
+
+@pytest.mark.parametrize(
+    ("changes", "match"),
+    [
+        ({"backend": "clear"}, "backend: found 'clear', expected one of masked, homomorphic"),
+        ({"release_to": "sites"}, "release_to: found sites with the masked backend, expected the homomorphic one"),
+        ({"backend": "homomorphic", "graph": "sparse"}, "graph: found sparse with the homomorphic backend"),
+    ],
+    ids=str,
+)
+def test_backends_that_cannot_be(changes, match):
+    """Only the homomorphic backend can keep the sum from the coordinator, and it runs on the complete graph."""
+    refused(match, policy=msgspec.structs.replace(sound().policy, **changes))
+
+
+@pytest.mark.parametrize("release_to", ["sites", "coordinator"])
+def test_the_backend_is_part_of_what_is_signed(release_to):
+    """Each backend, and who is given the sum, makes another manifest, and rounds of another context, on the complete
+    graph."""
+    plain = sound()
+    policy = msgspec.structs.replace(plain.policy, backend="homomorphic", release_to=release_to)
+    manifest = msgspec.structs.replace(plain, policy=policy)
+    assert manifest.digest != plain.digest
+    made = round_parameters(
+        manifest, run="run", round_number=1, purpose="train", cohort=manifest.roster, model_digest=bytes(32)
+    )
+    assert (made.backend, made.release_to, made.neighbours) == ("homomorphic", release_to, None)
 
 
 def test_a_policy_that_is_unsafe_when_all_take_part():
