@@ -260,12 +260,17 @@ def coordinator(
     keys: Annotated[Path, typer.Option(help="The coordinator's private keys.")],
     initial: Annotated[Path, typer.Option(help="safetensors file of the model to start from.")],
     state: Annotated[Path, typer.Option(help="Folder for the model and the log of rounds.")] = Path("coordinator"),
+    new_run: Annotated[
+        bool, typer.Option("--new-run", help="Begin anew, even if a run in that folder was interrupted.")
+    ] = False,
 ) -> None:
-    """Coordinate one training run; ends after the last round."""
+    """Coordinate one training run; ends after the last round.  Started again after a crash, it goes on with that run."""
     from sites.programs import MODEL, run_coordinator  # noqa: PLC0415
 
     _log_to_stderr()
-    run_coordinator(manifest, keys=keys, initial=initial, state=state, report=_print_round, notify=_say)
+    run_coordinator(
+        manifest, keys=keys, initial=initial, state=state, new_run=new_run, report=_print_round, notify=_say
+    )
     model = state / MODEL
     _say(f"finished; the model is {model}" if model.exists() else "finished; the sites have the model, nobody else")
 

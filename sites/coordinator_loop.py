@@ -11,6 +11,7 @@ import secrets
 import time
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
 from tempfile import TemporaryFile
@@ -40,11 +41,14 @@ from sites.held_model import next_name
 from sites.manifest import Manifest
 from sites.model_state import model_digest
 from sites.rounds import mean_update, metrics_of, model_spec, round_parameters
+from sites.run_store import Model, RunStore
 from sites.server_optimizer import ServerOptimizer
 from transport import Delivery, Endpoint, PeerId, TransportError
 
 SAMPLE_BYTES: Final = 12  # of a masked input, kept in the record to show what the coordinator saw
 FAILURES_IN_A_ROW: Final = 3
+FINISHED: Final = "finished"
+INTERRUPTED: Final = "interrupted"  # the coordinator went away in this round
 
 
 @dataclass(slots=True, kw_only=True)
@@ -75,8 +79,8 @@ class RoundRecord:
 class CoordinatorLoop:
     """Runs a whole federation over ``endpoint``, from the sites' joining to the final model.
 
-    ``initial``: safetensors bytes of the model to start from; ``state``: folder for the model and the log;
-    ``report``: called after each round.
+    ``initial``: safetensors bytes of the model to start from; ``state``: folder for the model, the log and what a
+    restarted coordinator goes on from, unless it is to begin a ``new_run``; ``report``: called after each round.
     """
 
     def __init__(
@@ -86,6 +90,7 @@ class CoordinatorLoop:
         endpoint: Endpoint,
         initial: bytes,
         state: Path,
+        new_run: bool = False,
         report: Callable[[RoundRecord], None] = lambda _record: None,
         notify: Callable[[str], None] = lambda _text: None,
     ) -> None:
@@ -96,8 +101,8 @@ class CoordinatorLoop:
         self._optimizer = ServerOptimizer(
             manifest.training.server_optimizer, manifest.training.server_learning_rate, vector
         )
-        self._model = self._spec.to_bytes(vector)  # empty once only the sites have it
-        self._name = model_digest(self._model)
+        self._model = initial  # empty once only the sites have it
+        self._name = self._name_of_initial = model_digest(self._model)
         self._held_by_sites = manifest.policy.release_to == "sites"
         self._receipted: set[SiteId] = set()  # of the current round
         self._up_to_date: set[SiteId] = set()  # who has the model that is named
@@ -105,50 +110,102 @@ class CoordinatorLoop:
         self._state = state
         self._report = report
         self._notify = notify
-        self._run = secrets.token_hex(8)
+        self._run = ""
+        self._new_run = new_run
         self._present: set[SiteId] = set()
         self._excluded: dict[SiteId, str] = {}  # for the rest of the run: site -> code of the error that proves it
         self._roster = manifest.roster
         self._pool = ThreadPoolExecutor(os.cpu_count(), thread_name_prefix="secureagg-masks")
 
     def run(self) -> list[RoundRecord]:
-        """Run every round of the manifest and a last one that evaluates the final model; returns their records.
+        """Run every round of the manifest and a last one that evaluates the final model, or those that an interrupted
+        run has left; returns their records.
 
         Raises FederationFailed when too few sites join or several rounds in a row end without a release; the last good
-        model is on disk then, and the sites are told.
+        model is on disk then, the sites are told, and the run can be gone on with.
         """
-        self._state.mkdir(parents=True, exist_ok=True)
+        with closing(RunStore(self._state)) as store:
+            first = self._begin_or_go_on(store)
+            try:
+                records = self._rounds(store, first)
+            except FederationFailed as error:
+                self._say_over(error.code)
+                raise
+            finally:
+                self._pool.shutdown()
+            store.end(self._run, FINISHED)
+            self._say_over(FINISHED)
+        return records
+
+    def _begin_or_go_on(self, store: RunStore) -> int:
+        """The number of the first round: 1 of a new run, or the next one of a run that was interrupted."""
+        found = None if self._new_run else store.unfinished(self._manifest.digest)
+        if found is None:
+            self._run = secrets.token_hex(8)
+            store.start(self._run, self._manifest.digest, self._stored_model)
+        else:
+            self._run, self._name, self._excluded = found.run, found.model.name, dict(found.excluded)
+            self._up_to_date = set(map(SiteId, found.model.holders))
+            if found.model.optimizer is not None:
+                training, length = self._manifest.training, self._spec.length
+                self._optimizer = ServerOptimizer.from_bytes(
+                    *(found.model.optimizer, training.server_optimizer, training.server_learning_rate),
+                    length=length,
+                    who=f"model of run {self._run}",
+                )
+                if found.finished:
+                    self._model = self._spec.to_bytes(self._optimizer.vector)
+            elif found.model.name != self._name_of_initial:
+                self._model = b""
+            if found.begun > found.finished:
+                # Its number is used up: the sites' journals, and perhaps their budgets, know of it.
+                record = RoundRecord(run=self._run, number=found.begun, purpose=self._purpose(found.begun), cohort=())
+                record.error = INTERRUPTED
+                store.finish(self._run, found.begun, msgspec.json.encode(record))
+            self._notify(f"run {self._run} goes on with round {found.begun + 1}")
+        store.complete_log()
         if not self._held_by_sites:
             self._save_model()
+        return 1 if found is None else found.begun + 1
+
+    def _rounds(self, store: RunStore, first: int) -> list[RoundRecord]:
         records: list[RoundRecord] = []
-        code = FederationFailed.code
-        try:
-            self._wait_for_sites()
-            rounds = self._manifest.training.rounds
-            failures = 0
-            for number in range(1, rounds + 2):
-                record, aggregate = self._play(number, "train" if number <= rounds else "evaluate")
-                records.append(record)
-                if aggregate is not None and record.purpose == "train":
-                    self._move_model(aggregate)
-                with (self._state / "rounds.jsonl").open("ab") as log:
-                    log.write(msgspec.json.encode(record) + b"\n")
-                self._report(record)
-                failures = 0 if aggregate is not None else failures + 1
-                if failures == FAILURES_IN_A_ROW or (aggregate is None and number > rounds):
-                    raise FederationFailed(
-                        f"coordinator: round {number} and {failures - 1} before it ended without a release, the last "
-                        f"one with {record.error}; the model of the last finished round is in {self._state}"
-                    )
-            code = "finished"
-        finally:
-            self._bring_up_to_date()
-            name = self._name if self._held_by_sites else b""
-            over = control.encode(FederationOver(code=code, model_name=name, payload=self._model))
-            for site in self._present.copy():
-                self._send(site, over)
-            self._pool.shutdown()
+        self._wait_for_sites()
+        rounds = self._manifest.training.rounds
+        failures = 0
+        for number in range(first, rounds + 2):
+            record, aggregate = self._play(store, number)
+            records.append(record)
+            moved = None
+            if aggregate is not None and record.purpose == "train":
+                self._move_model(aggregate)
+                moved = self._stored_model
+            store.finish(self._run, number, msgspec.json.encode(record), moved, self._excluded)
+            if moved is not None and not self._held_by_sites:
+                self._save_model()
+            self._report(record)
+            failures = 0 if aggregate is not None else failures + 1
+            if failures == FAILURES_IN_A_ROW or (aggregate is None and number > rounds):
+                raise FederationFailed(
+                    f"coordinator: round {number} and {failures - 1} before it ended without a release, the last "
+                    f"one with {record.error}; the model of the last finished round is in {self._state}"
+                )
         return records
+
+    @property
+    def _stored_model(self) -> Model:
+        optimizer = None if self._held_by_sites else self._optimizer.to_bytes()
+        return Model(name=self._name, optimizer=optimizer, holders=tuple(self._up_to_date))
+
+    def _purpose(self, number: int) -> Purpose:
+        return "train" if number <= self._manifest.training.rounds else "evaluate"
+
+    def _say_over(self, code: str) -> None:
+        self._bring_up_to_date()
+        name = self._name if self._held_by_sites else b""
+        over = control.encode(FederationOver(code=code, model_name=name, payload=self._model))
+        for site in self._present.copy():
+            self._send(site, over)
 
     # --- presence ---
 
@@ -238,17 +295,17 @@ class CoordinatorLoop:
             return
         self._model = self._spec.to_bytes(self._optimizer.step(mean_update(self._manifest, aggregate)))
         self._name = model_digest(self._model)
-        self._save_model()
 
     # --- one round ---
 
-    def _play(self, number: int, purpose: Purpose) -> tuple[RoundRecord, Aggregate | None]:
+    def _play(self, store: RunStore, number: int) -> tuple[RoundRecord, Aggregate | None]:
         """One round from its start to a release or an abort; the record says which, the aggregate is None for the
         latter."""
         self._bring_up_to_date()
         if len(self._present) < self._manifest.policy.minimum_cohort:
             self._wait_for_sites()
         self._receipted = set()
+        purpose = self._purpose(number)
         record = RoundRecord(run=self._run, number=number, purpose=purpose, cohort=tuple(sorted(self._present)))
         parameters = round_parameters(
             self._manifest,
@@ -258,6 +315,7 @@ class CoordinatorLoop:
             cohort=record.cohort,
             model_digest=self._name,
         )
+        store.begin(self._run, number)
         machine = Coordinator(parameters=parameters, spread=self._pool.map, spool=self._spool)
         start = control.encode(
             StartRound(

@@ -4,12 +4,16 @@ Copies are named by what they came from and not by what they hold, so that the c
 round is about, learns nothing of it: the first name is the SHA-256 of the initial model, which is public, and each sum
 makes the next name of the last one and the sum's digest, which is keyed with a secret of the sites.
 
+A site keeps the model before the last sum as well: a coordinator that goes away while it tells the sites that a round
+is finished does not know of that round when it comes back, and all go back to where it is.
+
 A site that missed a sum, or joined late, gets the copy of another site, through the coordinator who cannot open it: it
 asks with a fresh key under its signature, and the other one seals its copy to that key (HPKE, RFC 9180) and signs.  It
 takes that site's word for what the model is, as everybody takes everybody's word for an update.
 """
 
 from hashlib import sha256
+from pathlib import Path
 from typing import Final
 
 import msgspec
@@ -23,7 +27,8 @@ from secureagg import Aggregate, AuthenticationFailed, MalformedMessage, SiteId
 from secureagg.identity import verify
 from secureagg.labels import frame
 from sites.control import CopyRequest, ModelCopy
-from sites.errors import ManifestError
+from sites.errors import ConfigurationError, ManifestError
+from sites.files import PRIVATE_MODE, write_atomic
 from sites.keys import Keys
 from sites.manifest import Manifest
 from sites.model_state import model_digest
@@ -49,12 +54,25 @@ class _Copy(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=
     optimizer: bytes
 
 
-class HeldModel:
-    """One site's copy; of no run before ``begin`` or ``open``."""
+class _Stored(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
+    """A copy on this site's own disk: of which consortium and run, the one before, if any, and the SHA-256 of both."""
 
-    def __init__(self, manifest: Manifest, keys: Keys) -> None:
+    manifest: bytes
+    run: str
+    copy: bytes
+    before: bytes
+    digest: bytes
+
+
+class HeldModel:
+    """One site's copy; of no run before ``restore``, ``begin`` or ``open``.  Each change is on disk, in the file
+    ``path``, when it returns."""
+
+    def __init__(self, manifest: Manifest, keys: Keys, path: Path) -> None:
         self._manifest = manifest
         self._keys = keys
+        self._path = path
+        self._before = b""  # a copy of the model before the last sum, empty if there is none
         self._optimizer: ServerOptimizer | None = None
         self._asked: tuple[str, X25519PrivateKey] | None = None
         self.run = ""
@@ -71,6 +89,21 @@ class HeldModel:
             raise ManifestError("global model: asked for before this site has a copy")
         return self._optimizer
 
+    def restore(self) -> None:
+        """Take up what the file holds, if it is of this consortium; ConfigurationError naming it if it is damaged, when
+        this site has no copy."""
+        if not self._path.exists():
+            return
+        try:
+            stored = msgspec.msgpack.decode(self._path.read_bytes(), type=_Stored)
+            if sha256(stored.copy + stored.before).digest() != stored.digest:
+                raise ConfigurationError(f"{self._path}: damaged")
+            if stored.manifest == self._manifest.digest:
+                self._take(stored.run, stored.copy, who=str(self._path))
+                self._before = stored.before
+        except msgspec.DecodeError as error:
+            raise ConfigurationError(f"{self._path}: damaged") from error
+
     def begin(self, run: str, initial: bytes) -> None:
         """Start ``run`` from the safetensors bytes ``initial``; ManifestError unless they are what all have signed."""
         digest, manifest = model_digest(initial), self._manifest
@@ -80,12 +113,24 @@ class HeldModel:
         training = manifest.training
         vector = model_spec(manifest).from_bytes(initial, who="initial model")
         self._optimizer = ServerOptimizer(training.server_optimizer, training.server_learning_rate, vector)
-        self.run, self.name = run, digest
+        self.run, self.name, self._before = run, digest, b""
+        self._save()
 
     def move(self, aggregate: Aggregate) -> None:
         """Go on by a training round's sum, which this site has opened."""
+        self._before = self._copied
         self._moved.step(mean_update(self._manifest, aggregate))
         self.name = next_name(self.name, aggregate.digest)
+        self._save()
+
+    def is_at(self, run: str, name: bytes) -> bool:
+        """Whether this site has the model of that name in ``run``; it goes back by one sum if that is where the others
+        are."""
+        if self._before and run == self.run and name == msgspec.msgpack.decode(self._before, type=_Copy).name:
+            self._take(run, self._before, who="the model before the last sum")
+            self._before = b""
+            self._save()
+        return (run, name) == (self.run, self.name)
 
     # --- for whoever missed a sum ---
 
@@ -105,10 +150,9 @@ class HeldModel:
         signed = _parts(self._manifest, request.run, request.site, request.key)
         # Stops a coordinator, or anybody else, that asks in a site's name for the model.
         verify(self._signing_key(request.site), request.signature, REQUEST, *signed, who=f"request of {request.site}")
-        plain = msgspec.msgpack.encode(_Copy(self.name, self._moved.to_bytes()))
         info = frame(COPY, self._keys.site.encode(), *signed)
         try:
-            sealed = _SUITE.encrypt(plain, X25519PublicKey.from_public_bytes(request.key), info)
+            sealed = _SUITE.encrypt(self._copied, X25519PublicKey.from_public_bytes(request.key), info)
         except ValueError as error:
             raise AuthenticationFailed(f"request of {request.site}: not an X25519 key") from error
         signature = self._keys.identity.sign(COPY, info, sha256(sealed).digest())
@@ -126,16 +170,35 @@ class HeldModel:
         # Stops a model that comes from the coordinator, and one that was sealed for another request, run or site.
         verify(self._signing_key(copy.donor), copy.signature, COPY, info, sha256(copy.payload).digest(), who=who)
         try:
-            opened = msgspec.msgpack.decode(_SUITE.decrypt(copy.payload, private, info), type=_Copy)
+            opened = _SUITE.decrypt(copy.payload, private, info)
         except InvalidTag as error:
             raise AuthenticationFailed(f"{who}: does not open") from error
+        self._take(run, opened, who=who)
+        self._asked, self._before = None, b""
+        self._save()
+
+    # --- copies as bytes ---
+
+    @property
+    def _copied(self) -> bytes:
+        return msgspec.msgpack.encode(_Copy(self.name, self._moved.to_bytes()))
+
+    def _take(self, run: str, copied: bytes, *, who: str) -> None:
+        try:
+            copy = msgspec.msgpack.decode(copied, type=_Copy)
         except msgspec.DecodeError as error:
             raise MalformedMessage(f"{who}: not a copy of a model") from error
         training, spec = self._manifest.training, model_spec(self._manifest)
         self._optimizer = ServerOptimizer.from_bytes(
-            opened.optimizer, training.server_optimizer, training.server_learning_rate, length=spec.length, who=who
+            copy.optimizer, training.server_optimizer, training.server_learning_rate, length=spec.length, who=who
         )
-        self.run, self.name, self._asked = run, opened.name, None
+        self.run, self.name = run, copy.name
+
+    def _save(self) -> None:
+        copy = self._copied
+        digest = sha256(copy + self._before).digest()
+        stored = _Stored(self._manifest.digest, self.run, copy, self._before, digest)
+        write_atomic(self._path, msgspec.msgpack.encode(stored), mode=PRIVATE_MODE)
 
     def _signing_key(self, site: str) -> bytes:
         card = self._manifest.roster.get(SiteId(site))

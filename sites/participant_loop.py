@@ -62,6 +62,7 @@ log = logging.getLogger("secureagg.site")
 POLL_SECONDS: Final = 0.02  # how long a submitted update may wait for the session thread to wake
 HELLO_SECONDS: Final = 2.0
 LEAVE_SECONDS: Final = 30.0
+HELD_MODEL: Final = "held-model.bin"  # in the state folder, where only the sites have the model
 
 Evaluate = Callable[[State], tuple[npt.NDArray[np.floating], npt.NDArray[np.integer]]]
 
@@ -290,7 +291,7 @@ class _Session:
     def __init__(self, site: OpenSite, endpoint: Endpoint | None) -> None:
         self.site = site
         self.spec = model_spec(site.manifest)
-        self._held = HeldModel(site.manifest, site.keys)
+        self._held = HeldModel(site.manifest, site.keys, site.state / HELD_MODEL)
         self.history: list[RoundResult] = []
         self._endpoint = endpoint
         self._journal: SqliteJournal | None = None
@@ -321,6 +322,8 @@ class _Session:
                 f"state folder {site.state}: {error.strerror}, expected a writable folder"
             ) from error
         self._journal = SqliteJournal(site.state / "journal.sqlite")
+        with _logged("the model that this site held; it asks the others for theirs"):
+            self._held.restore()
         if self._endpoint is None:
             self._endpoint = connect(
                 site.manifest.coordinator.address,
@@ -498,8 +501,7 @@ class _Session:
         held = self._held
         if start.payload and held.run != start.run:
             held.begin(start.run, start.payload)
-        known = (held.run, held.name) == (start.run, start.model_name)
-        return held.vector if known else None, start.model_name
+        return held.vector if held.is_at(start.run, start.model_name) else None, start.model_name
 
     def final_vector(self, over: FederationOver) -> npt.NDArray[np.float32]:
         """The final model; FederationFailed where only the others have it."""

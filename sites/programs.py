@@ -59,10 +59,12 @@ def run_coordinator(
     keys: Path,
     initial: Path,
     state: Path,
+    new_run: bool = False,
     report: Callable[[RoundRecord], None],
     notify: Callable[[str], None],
 ) -> list[RoundRecord]:
-    """Coordinate one whole run of the consortium; the final model is in ``state``/model.safetensors."""
+    """Coordinate one whole run of the consortium, or go on with one that was interrupted; the final model is in
+    ``state``/model.safetensors."""
     manifest = Manifest.load(manifest_path)
     manifest.check()
     if manifest.policy.backend == "homomorphic":
@@ -80,7 +82,13 @@ def run_coordinator(
     with listen(manifest.coordinator.address, secret_key=own.transport_secret, peers=peers) as endpoint:
         notify(f"listening at {manifest.coordinator.address} for {len(peers)} sites")
         loop = CoordinatorLoop(
-            manifest=manifest, endpoint=endpoint, initial=model, state=state, report=report, notify=notify
+            manifest=manifest,
+            endpoint=endpoint,
+            initial=model,
+            state=state,
+            new_run=new_run,
+            report=report,
+            notify=notify,
         )
         return loop.run()
 

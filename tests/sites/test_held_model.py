@@ -2,6 +2,7 @@
 does in between."""
 
 from hashlib import sha256
+from pathlib import Path
 
 import msgspec
 import numpy as np
@@ -13,7 +14,7 @@ from support.federation import INITIAL, PLAIN
 from secureagg import Aggregate, AuthenticationFailed, MalformedMessage, ShapeMismatch
 from secureagg.labels import frame
 from sites import held_model
-from sites.errors import ManifestError
+from sites.errors import ConfigurationError, ManifestError
 from sites.held_model import HeldModel, next_name
 from sites.model_state import model_digest
 from sites.recipe import HOMOMORPHIC, TRAINING
@@ -36,9 +37,20 @@ def consortium(tmp_path_factory: pytest.TempPathFactory, request: pytest.Fixture
     return make_consortium(folder, initial=INITIAL, privacy=PLAIN, policy=HOMOMORPHIC, training=training)
 
 
+def own_file(consortium: Consortium, name: str) -> Path:
+    """Where a site keeps its copy."""
+    return consortium.manifest_path.with_name(f"{name}.held")
+
+
+def fresh(consortium: Consortium, name: str) -> HeldModel:
+    """A site called ``name`` that has no copy."""
+    own_file(consortium, name).unlink(missing_ok=True)
+    return HeldModel(consortium.manifest, consortium.keys[name], own_file(consortium, name))
+
+
 def held(consortium: Consortium, name: str, *moves: float) -> HeldModel:
     """The copy of the site called ``name`` after these sums."""
-    model = HeldModel(consortium.manifest, consortium.keys[name])
+    model = fresh(consortium, name)
     model.begin(RUN, INITIAL)
     for value in moves:
         model.move(aggregate(value))
@@ -52,13 +64,13 @@ def test_it_begins_with_what_all_have_signed(consortium: Consortium) -> None:
     np.testing.assert_array_equal(model.vector, np.zeros(4, np.float32))
     other = model_spec(consortium.manifest).to_bytes(np.ones(4, np.float32))
     with pytest.raises(ManifestError, match="another initial model"):
-        HeldModel(consortium.manifest, consortium.keys["a"]).begin(RUN, other)
+        fresh(consortium, "a").begin(RUN, other)
 
 
 def test_it_has_no_model_before_it_begins(consortium: Consortium) -> None:
     """A site without a copy has no model to train from, not one of zeros."""
     with pytest.raises(ManifestError, match="before this site has a copy"):
-        _ = HeldModel(consortium.manifest, consortium.keys["a"]).vector
+        _ = fresh(consortium, "a").vector
 
 
 def test_names_follow_from_the_sums_and_from_nothing_else(consortium: Consortium) -> None:
@@ -80,7 +92,7 @@ def test_names_follow_from_the_sums_and_from_nothing_else(consortium: Consortium
 
 def test_a_copy_goes_on_as_the_original_does(consortium: Consortium) -> None:
     """A site that had nothing has the other's model, name and optimizer: after the next sum both are the same still."""
-    donor, late = held(consortium, "a", 0.25, -1.0, 0.5), HeldModel(consortium.manifest, consortium.keys["d"])
+    donor, late = held(consortium, "a", 0.25, -1.0, 0.5), fresh(consortium, "d")
     late.open(donor.seal(late.request(RUN)))
     assert (late.run, late.name) == (donor.run, donor.name)
     np.testing.assert_array_equal(late.vector, donor.vector)
@@ -92,7 +104,7 @@ def test_a_copy_goes_on_as_the_original_does(consortium: Consortium) -> None:
 
 def test_the_coordinator_cannot_read_a_copy(consortium: Consortium) -> None:
     """Neither the model's numbers nor its name are in what passes the coordinator, and no two copies look alike."""
-    donor, late = held(consortium, "a", 0.123456), HeldModel(consortium.manifest, consortium.keys["d"])
+    donor, late = held(consortium, "a", 0.123456), fresh(consortium, "d")
     request = late.request(RUN)
     copies = [donor.seal(request) for _ in range(2)]
     for copy in copies:
@@ -104,7 +116,7 @@ def test_the_coordinator_cannot_read_a_copy(consortium: Consortium) -> None:
 
 def test_a_request_of_another_run_is_not_answered(consortium: Consortium) -> None:
     """A site has copies of its own run only."""
-    late = HeldModel(consortium.manifest, consortium.keys["d"])
+    late = fresh(consortium, "d")
     assert held(consortium, "a").seal(late.request("another")) is None
 
 
@@ -112,7 +124,7 @@ def test_a_request_of_another_run_is_not_answered(consortium: Consortium) -> Non
 def test_a_request_that_no_site_made(consortium: Consortium, change: str) -> None:
     """The model is sealed to keys that a site of the consortium signed for, as its own and in this run: the coordinator
     cannot put in a key of its own."""
-    request = HeldModel(consortium.manifest, consortium.keys["d"]).request("old" if change == "run" else RUN)
+    request = fresh(consortium, "d").request("old" if change == "run" else RUN)
     own = X25519PrivateKey.generate().public_key().public_bytes_raw()
     changes = {
         "key": {"key": own},
@@ -127,7 +139,7 @@ def test_a_request_that_no_site_made(consortium: Consortium, change: str) -> Non
 
 def test_a_request_with_no_key(consortium: Consortium) -> None:
     """A site that signs for what is no key, or one of low order, is named."""
-    late = HeldModel(consortium.manifest, consortium.keys["d"])
+    late = fresh(consortium, "d")
     for key in (b"short", bytes(32)):
         signed = held_model._parts(consortium.manifest, RUN, "d", key)
         signature = consortium.keys["d"].identity.sign(held_model.REQUEST, *signed)
@@ -140,7 +152,7 @@ def test_a_request_with_no_key(consortium: Consortium) -> None:
 def test_a_copy_that_no_site_made(consortium: Consortium, change: str) -> None:
     """Only a copy that a site sealed and signed for this very request is taken; after a refusal the site has what it
     had."""
-    donor, late = held(consortium, "a", 0.25), HeldModel(consortium.manifest, consortium.keys["d"])
+    donor, late = held(consortium, "a", 0.25), fresh(consortium, "d")
     copy = donor.seal(late.request(RUN))
     match change:
         case "payload":
@@ -156,9 +168,9 @@ def test_a_copy_that_no_site_made(consortium: Consortium, change: str) -> None:
         case "twice":
             late.open(copy)
         case "unasked":
-            late = HeldModel(consortium.manifest, consortium.keys["d"])
+            late = fresh(consortium, "d")
         case "other":
-            late = HeldModel(consortium.manifest, consortium.keys["c"])
+            late = fresh(consortium, "c")
             late.request(RUN)
     before = late.name
     with pytest.raises(AuthenticationFailed):
@@ -168,8 +180,8 @@ def test_a_copy_that_no_site_made(consortium: Consortium, change: str) -> None:
 
 def test_the_coordinator_cannot_seal_a_model_itself(consortium: Consortium) -> None:
     """What the coordinator seals to the request's key, in a site's name, has no site's signature."""
-    late = HeldModel(consortium.manifest, consortium.keys["d"])
-    forged = HeldModel(consortium.manifest, replace_site(consortium, "a"))
+    late = fresh(consortium, "d")
+    forged = HeldModel(consortium.manifest, replace_site(consortium, "a"), own_file(consortium, "forged"))
     forged.begin(RUN, INITIAL)
     with pytest.raises(AuthenticationFailed, match="model of a"):
         late.open(forged.seal(late.request(RUN)))
@@ -207,9 +219,84 @@ class Lying(HeldModel):
 )
 def test_a_site_that_gives_something_else(consortium: Consortium, what: bytes, error: type[Exception]) -> None:
     """A copy with another content is refused with the name of its giver, and what was held stays."""
-    lying, late = Lying(consortium.manifest, consortium.keys["a"]), held(consortium, "d")
+    lying, late = Lying(consortium.manifest, consortium.keys["a"], own_file(consortium, "a")), held(consortium, "d")
     lying.begin(RUN, INITIAL)
     lying.what = what
     with pytest.raises(error, match="model of a"):
         late.open(lying.seal(late.request(RUN)))
     assert late.name == model_digest(INITIAL)
+
+
+# --- across a crash ---
+
+
+@pytest.mark.parametrize("moves", [(), (0.25,), (0.25, -1.0)])
+def test_it_is_on_disk_after_every_change(consortium: Consortium, moves: tuple[float, ...]) -> None:
+    """A site that is started again has the model, the name and the run that it had, and goes on from there as if it had
+    never stopped; nobody else can read the file."""
+    before = held(consortium, "a", *moves)
+    again = HeldModel(consortium.manifest, consortium.keys["a"], own_file(consortium, "a"))
+    again.restore()
+    assert (again.run, again.name) == (before.run, before.name)
+    for model in (before, again):
+        model.move(aggregate(0.5))
+    np.testing.assert_array_equal(again.vector, before.vector)
+    assert own_file(consortium, "a").stat().st_mode & 0o777 == 0o600
+
+
+def test_a_copy_of_another_site_is_on_disk_too(consortium: Consortium) -> None:
+    """What was taken from another site survives a restart."""
+    donor, late = held(consortium, "a", 0.25), fresh(consortium, "d")
+    late.open(donor.seal(late.request(RUN)))
+    again = HeldModel(consortium.manifest, consortium.keys["d"], own_file(consortium, "d"))
+    again.restore()
+    np.testing.assert_array_equal(again.vector, donor.vector)
+
+
+def test_a_copy_of_another_consortium_is_left_alone(consortium: Consortium) -> None:
+    """After a change of the manifest the old model is not taken for one of the new consortium."""
+    held(consortium, "a", 0.25)
+    changed = replace(consortium.manifest, consortium=replace(consortium.manifest.consortium, name="Other"))
+    again = HeldModel(changed, consortium.keys["a"], own_file(consortium, "a"))
+    again.restore()
+    assert (again.run, again.name) == ("", b"")
+
+
+@pytest.mark.parametrize("damage", ["cut", "empty", "bit", "other"])
+def test_a_damaged_file_is_named(consortium: Consortium, damage: str) -> None:
+    """A file that is not what was written is an error that names it; nothing of it is used, and a copy can be asked
+    for."""
+    donor = held(consortium, "b", 0.25)
+    held(consortium, "a", 0.25)
+    path = own_file(consortium, "a")
+    data = path.read_bytes()
+    changed = {
+        "cut": data[:-9],
+        "empty": b"",
+        "bit": data[:-40] + bytes([data[-40] ^ 1]) + data[-39:],
+        "other": b"x" * 50,
+    }
+    path.write_bytes(changed[damage])
+    again = HeldModel(consortium.manifest, consortium.keys["a"], path)
+    with pytest.raises(ConfigurationError, match=f"{path}: damaged"):
+        again.restore()
+    assert again.name == b""
+    again.open(donor.seal(again.request(RUN)))
+    np.testing.assert_array_equal(again.vector, donor.vector)
+
+
+def test_it_goes_back_by_one_sum(consortium: Consortium) -> None:
+    """A site that is one sum ahead of all others goes back to where they are, also after a restart, and makes the same
+    steps from there; two sums back, to another run or ahead it cannot go, and stays where it is."""
+    expected = held(consortium, "b", 0.25)
+    ahead = held(consortium, "a", 0.25, -1.0)
+    for run, name in ((RUN, model_digest(INITIAL)), ("other", expected.name), (RUN, b"ahead")):
+        assert not ahead.is_at(run, name)
+    assert ahead.is_at(RUN, ahead.name)
+    again = HeldModel(consortium.manifest, consortium.keys["a"], own_file(consortium, "a"))
+    again.restore()
+    assert again.is_at(RUN, expected.name)
+    for model in (again, expected):
+        model.move(aggregate(0.5))
+    assert again.name == expected.name
+    np.testing.assert_array_equal(again.vector, expected.vector)

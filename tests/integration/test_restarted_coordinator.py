@@ -1,0 +1,164 @@
+"""A coordinator that goes away at the worst moments and is started again: training goes on from the last finished
+round."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import msgspec
+import numpy as np
+import pytest
+import torch
+from support.consortium import Consortium
+from support.federation import INITIAL, PATIENT, Together, expected_model
+
+from sites.coordinator_loop import CoordinatorLoop, RoundRecord
+from sites.errors import ConfigurationError
+from sites.manifest import Policy
+from sites.recipe import ENCODING, HOMOMORPHIC, POLICY, TRAINING
+from sites.run_store import RunStore
+from transport import PeerId, listen
+
+STEP = ENCODING.value_range / (2**15 - 1)
+ROUNDS = 4
+
+
+class Crash(BaseException):
+    """The coordinator's machine goes away."""
+
+
+def crash_after(method: str, number: int) -> Callable[[pytest.MonkeyPatch], None]:
+    """Let the machine go away once this method of the store has been called for a round."""
+
+    def install(patch: pytest.MonkeyPatch) -> None:
+        real = getattr(RunStore, method)
+
+        def crashing(self: RunStore, run: str, current: int, *rest: object) -> None:
+            real(self, run, current, *rest)
+            if current == number:
+                raise Crash
+
+        patch.setattr(RunStore, method, crashing)
+
+    return install
+
+
+def crash_before_the_end_of(number: int) -> Callable[[pytest.MonkeyPatch], None]:
+    """Let the machine go away when a round was summed, before that is on disk."""
+
+    def install(patch: pytest.MonkeyPatch) -> None:
+        real = RunStore.finish
+
+        def crashing(self: RunStore, run: str, current: int, *rest: object) -> None:
+            if current == number:
+                raise Crash
+            real(self, run, current, *rest)
+
+        patch.setattr(RunStore, "finish", crashing)
+
+    return install
+
+
+class Restarted(Together):
+    """A federation whose coordinator crashes once and is started again; ``records`` are of both processes."""
+
+    def __init__(self, folder: Path, install: Callable[[pytest.MonkeyPatch], None], **tables: object) -> None:
+        super().__init__(folder, rounds=ROUNDS, coordinator=self._twice, deadlines=PATIENT, **tables)
+        self._install = install
+
+    def _twice(self, consortium: Consortium) -> None:
+        with pytest.MonkeyPatch.context() as patch:
+            self._install(patch)
+            with pytest.raises(Crash):
+                self._once(consortium)
+        self._once(consortium)
+
+    def _once(self, consortium: Consortium) -> None:
+        manifest = consortium.manifest
+        peers = {PeerId(site): card.transport_key for site, card in manifest.roster.items()}
+        secret = consortium.keys["sum"].transport_secret
+        with listen(manifest.coordinator.address, secret_key=secret, peers=peers) as endpoint:
+            CoordinatorLoop(
+                manifest=manifest,
+                endpoint=endpoint,
+                initial=INITIAL,
+                state=self.folder / "state",
+                notify=self.said.append,
+            ).run()
+
+
+def logged(folder: Path) -> list[RoundRecord]:
+    """The coordinator's log."""
+    lines = (folder / "state" / "rounds.jsonl").read_bytes().splitlines()
+    return [msgspec.json.decode(line, type=RoundRecord) for line in lines]
+
+
+@pytest.mark.parametrize("policy", [POLICY, HOMOMORPHIC], ids=["masked", "homomorphic"])
+@pytest.mark.parametrize(
+    ("install", "lost"),
+    [(crash_after("begin", 2), [2]), (crash_before_the_end_of(2), [2]), (crash_after("finish", 2), [])],
+    ids=["begun", "summed", "finished"],
+)
+def test_training_goes_on(
+    tmp_path: Path, policy: Policy, install: Callable[[pytest.MonkeyPatch], None], lost: list[int]
+) -> None:
+    """Whether a round was begun, summed or finished when the machine went away: the run, its numbers and the server
+    optimizer's momentum go on; a round that was finished on disk counts once, and one that was not, not at all, at
+    every site alike."""
+    if policy is HOMOMORPHIC:
+        pytest.importorskip("tenseal", reason="the extra `homomorphic` is not installed")
+    training = msgspec.structs.replace(TRAINING, rounds=ROUNDS, server_optimizer="momentum", server_learning_rate=0.5)
+    together = Restarted(tmp_path, install, training=training, policy=policy).run()
+    assert together.failure is None
+    assert together.errors == {}
+    records = logged(tmp_path)
+    assert [record.number for record in records] == [1, 2, 3, 4, 5]
+    assert len({record.run for record in records}) == 1
+    assert [record.number for record in records if record.error == "interrupted"] == lost
+    assert f"run {records[0].run} goes on with round 3" in together.said
+    # By hand: FedAvgM with momentum 0.9 over the rounds that count, all of which have the same mean update.
+    update, velocity, model = expected_model(["abcd"]), 0.0, 0.0
+    for _ in range(ROUNDS - len(lost)):
+        velocity = 0.9 * velocity + update
+        model += 0.5 * velocity
+    states = list(together.final.values())
+    assert len(states) == 4
+    for state in states:
+        for key, tensor in state.items():
+            np.testing.assert_allclose(tensor.numpy(), model, atol=10 * STEP)
+            assert torch.equal(tensor, states[0][key])
+
+
+def test_a_finished_run_is_not_begun_again(tmp_path: Path) -> None:
+    """A coordinator that is started after the end begins a new run from the initial model, in the same log."""
+    first = Together(tmp_path, rounds=1).run()
+    assert first.failure is None
+    second = Together(tmp_path / "again", rounds=1)
+    second.folder = tmp_path
+    second.run()
+    assert second.failure is None
+    records = logged(tmp_path)
+    assert [record.number for record in records] == [1, 2, 1, 2]
+    assert records[0].run != records[2].run
+
+
+def test_a_damaged_model_ends_the_start(tmp_path: Path) -> None:
+    """A coordinator whose model is damaged says which file it is and begins nothing."""
+
+    def install(patch: pytest.MonkeyPatch) -> None:
+        real = RunStore.begin
+
+        def crashing(self: RunStore, run: str, number: int) -> None:
+            real(self, run, number)
+            if number == 2:
+                (path,) = (tmp_path / "state").glob("optimizer-*.safetensors")
+                path.write_bytes(path.read_bytes()[:-1])
+                raise Crash
+
+        patch.setattr(RunStore, "begin", crashing)
+
+    together = Restarted(tmp_path, install)
+    together.run()
+    assert isinstance(together.failure, ConfigurationError)
+    assert "optimizer-" in str(together.failure)
+    assert "damaged" in str(together.failure)
+    assert [record.number for record in logged(tmp_path)] == [1]
