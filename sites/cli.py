@@ -264,7 +264,7 @@ def coordinator(
         bool, typer.Option("--new-run", help="Begin anew, even if a run in that folder was interrupted.")
     ] = False,
 ) -> None:
-    """Coordinate one training run; ends after the last round.  Started again after a crash, it goes on with that run."""
+    """Coordinate one training run; ends after the last round.  After a crash it goes on with that run."""
     from sites.programs import MODEL, run_coordinator  # noqa: PLC0415
 
     _log_to_stderr()
@@ -273,6 +273,26 @@ def coordinator(
     )
     model = state / MODEL
     _say(f"finished; the model is {model}" if model.exists() else "finished; the sites have the model, nobody else")
+
+
+@app.command(epilog=_example("secureagg status manifest.toml --state coordinator/"))
+def status(
+    manifest: Annotated[Path, typer.Argument(help="The manifest that the coordinator runs.")],
+    state: Annotated[Path, typer.Option(help="The coordinator's state folder.")] = Path("coordinator"),
+    json: Annotated[bool, typer.Option("--json", help="Print the coordinator's own file instead of a table.")] = False,
+) -> None:
+    """Show what a coordinator on this machine is doing: phase, sites present, last round; status 1 if it is gone."""
+    from sites.manifest import Manifest  # noqa: PLC0415
+    from sites.status import is_running, read_status, status_table  # noqa: PLC0415
+
+    loaded = Manifest.load(manifest)
+    found = read_status(loaded, state)
+    if json:
+        sys.stdout.write(msgspec.json.format(msgspec.json.encode(found)).decode() + "\n")
+    else:
+        out.print(status_table(found, loaded))
+    if not found.over and not is_running(found):
+        raise typer.Exit(1)
 
 
 @app.command(epilog=_example("secureagg site SITE.toml"))

@@ -48,6 +48,7 @@ from transport import Delivery, Endpoint, PeerId, TransportError
 SAMPLE_BYTES: Final = 12  # of a masked input, kept in the record to show what the coordinator saw
 FAILURES_IN_A_ROW: Final = 3
 FINISHED: Final = "finished"
+STATUS: Final = "status.json"
 INTERRUPTED: Final = "interrupted"  # the coordinator went away in this round
 
 
@@ -74,6 +75,25 @@ class RoundRecord:
     examples: int | None = None
     metrics: Metrics | None = None
     error: str = ""
+
+
+class Status(msgspec.Struct, frozen=True, kw_only=True):
+    """What a coordinator is doing: in which ``phase`` of round ``number``, ``since`` when (seconds since 1970), with
+    whom; ``phase`` is empty between rounds; ``over``: how the run ended; ``manifest``: digest in hexadecimal;
+    ``process``: its number on this machine; ``last``: the last round that ended.
+    """
+
+    manifest: str
+    process: int
+    run: str
+    number: int
+    phase: str
+    since: float
+    present: list[str]
+    waiting_for: list[str]
+    excluded: dict[str, str]
+    last: RoundRecord | None
+    over: str = ""
 
 
 class CoordinatorLoop:
@@ -111,6 +131,7 @@ class CoordinatorLoop:
         self._report = report
         self._notify = notify
         self._run = ""
+        self._last: RoundRecord | None = None
         self._new_run = new_run
         self._present: set[SiteId] = set()
         self._excluded: dict[SiteId, str] = {}  # for the rest of the run: site -> code of the error that proves it
@@ -170,6 +191,7 @@ class CoordinatorLoop:
 
     def _rounds(self, store: RunStore, first: int) -> list[RoundRecord]:
         records: list[RoundRecord] = []
+        self._write_status(first - 1)
         self._wait_for_sites()
         rounds = self._manifest.training.rounds
         failures = 0
@@ -183,6 +205,8 @@ class CoordinatorLoop:
             store.finish(self._run, number, msgspec.json.encode(record), moved, self._excluded)
             if moved is not None and not self._held_by_sites:
                 self._save_model()
+            self._last = record
+            self._write_status(number)
             self._report(record)
             failures = 0 if aggregate is not None else failures + 1
             if failures == FAILURES_IN_A_ROW or (aggregate is None and number > rounds):
@@ -200,7 +224,25 @@ class CoordinatorLoop:
     def _purpose(self, number: int) -> Purpose:
         return "train" if number <= self._manifest.training.rounds else "evaluate"
 
+    def _write_status(self, number: int, machine: Coordinator | None = None, *, over: str = "") -> None:
+        status = Status(
+            manifest=self._manifest.digest.hex(),
+            process=os.getpid(),
+            run=self._run,
+            number=number,
+            phase="" if machine is None else type(machine.phase).__name__,
+            since=time.time(),
+            present=sorted(self._present),
+            waiting_for=[] if machine is None else sorted(machine.expected),
+            excluded={str(site): code for site, code in self._excluded.items()},
+            last=self._last,
+            over=over,
+        )
+        # For people to look at: an old one after a crash does no harm.
+        write_atomic(self._state / STATUS, msgspec.json.encode(status), durable=False)
+
     def _say_over(self, code: str) -> None:
+        self._write_status(self._manifest.training.rounds + 1 if code == FINISHED else 0, over=code)
         self._bring_up_to_date()
         name = self._name if self._held_by_sites else b""
         over = control.encode(FederationOver(code=code, model_name=name, payload=self._model))
@@ -351,6 +393,7 @@ class CoordinatorLoop:
         """Feed the machine until it ends; a phase that outlasts its deadline goes on with those who answered."""
         while not isinstance(machine.phase, CoordinatorFinished | Aborted):
             phase, began = machine.phase, time.monotonic()
+            self._write_status(record.number, machine)
             deadline = began + self._allowed_seconds(machine, record.purpose)
             while machine.phase is phase:
                 left = deadline - time.monotonic()

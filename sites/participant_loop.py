@@ -22,6 +22,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Final, Self
 
+import msgspec
 import numpy as np
 import numpy.typing as npt
 
@@ -62,6 +63,7 @@ log = logging.getLogger("secureagg.site")
 POLL_SECONDS: Final = 0.02  # how long a submitted update may wait for the session thread to wake
 HELLO_SECONDS: Final = 2.0
 LEAVE_SECONDS: Final = 30.0
+LOG: Final = "rounds.jsonl"  # in the state folder: a RoundResult a line
 HELD_MODEL: Final = "held-model.bin"  # in the state folder, where only the sites have the model
 
 Evaluate = Callable[[State], tuple[npt.NDArray[np.floating], npt.NDArray[np.integer]]]
@@ -259,14 +261,22 @@ def join(config: str | Path, *, evaluate: Evaluate | None = None) -> Federation:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RoundResult:
-    """How a round ended for this site: "finished", "withdrawn", "unfinished" or an error's code; ``survivors``: how
-    many sites are in a finished round's sum; ``metrics``: of the model it started from, where sites open the sums."""
+    """How a round ended for this site: "finished", "withdrawn", "unfinished" or an error's code; ``phase``: of this
+    site's machine then; ``at``: when it ended, in seconds since 1970, after how many ``seconds``.
+
+    From the receipt of a finished round: ``survivors``, how many sites are in the sum, and ``aggregate``, its digest in
+    hexadecimal.  ``metrics``: of the model it started from, where sites open the sums.
+    """
 
     run: str
     number: int
     purpose: Purpose
     result: str
+    phase: str
+    at: float
+    seconds: float
     survivors: int | None = None
+    aggregate: str | None = None
     metrics: Metrics | None = None
 
 
@@ -279,6 +289,7 @@ class _Task:
         self.vector = vector
         self.counts: dict[str, npt.ArrayLike] = {}
         self.submitted = False
+        self.began = time.monotonic()
 
 
 class _Session:
@@ -482,8 +493,16 @@ class _Session:
             messages = participant.start()
         except (SecureAggregationError, ManifestError) as error:
             log.error("round %d refused: %s", start.round_number, error)
-            self.history.append(
-                RoundResult(run=start.run, number=start.round_number, purpose=start.purpose, result=error.code)
+            self._note(
+                RoundResult(
+                    run=start.run,
+                    number=start.round_number,
+                    purpose=start.purpose,
+                    result=error.code,
+                    phase="",
+                    at=time.time(),
+                    seconds=0.0,
+                )
             )
             self._send(Withdraw(run=start.run, round_number=start.round_number, leaving=False))
             return
@@ -545,26 +564,34 @@ class _Session:
         training = task is not None and task.purpose == "train"
         if training and aggregate is not None and self.site.manifest.policy.release_to == "sites":
             self._held.move(aggregate)
-        metrics = None if aggregate is None else metrics_of(aggregate)
-        self._end_round("finished", survivors=phase.receipt.survivors, metrics=metrics)
+        self._end_round("finished", phase)
 
-    def _end_round(self, result: str, *, survivors: int | None = None, metrics: Metrics | None = None) -> None:
-        task, self._participant = self._task, None
+    def _end_round(self, result: str, finished: ParticipantFinished | None = None) -> None:
+        task, participant, self._participant = self._task, self._participant, None
         if task is not None:
-            parameters = task.parameters
-            self.history.append(
+            aggregate = None if finished is None else finished.aggregate
+            self._note(
                 RoundResult(
-                    run=parameters.run,
-                    number=parameters.round_number,
+                    run=task.parameters.run,
+                    number=task.parameters.round_number,
                     purpose=task.purpose,
                     result=result,
-                    survivors=survivors,
-                    metrics=metrics,
+                    phase="" if participant is None else type(participant.phase).__name__,
+                    at=time.time(),
+                    seconds=time.monotonic() - task.began,
+                    survivors=None if finished is None else finished.receipt.survivors,
+                    aggregate=None if finished is None else finished.receipt.aggregate_digest.hex(),
+                    metrics=None if aggregate is None else metrics_of(aggregate),
                 )
             )
         with self._changed:
             self._task = None
             self._changed.notify_all()
+
+    def _note(self, result: RoundResult) -> None:
+        self.history.append(result)
+        with (self.site.state / LOG).open("ab") as lines:
+            lines.write(msgspec.json.encode(result) + b"\n")
 
     def _withdraw(self, *, leaving: bool) -> None:
         task = self._task

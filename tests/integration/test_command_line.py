@@ -79,7 +79,7 @@ def sign_again(consortium: Path) -> Manifest:
 
 @pytest.mark.parametrize(
     "command",
-    ["keygen", "consortium create", "consortium sign", "consortium show", "coordinator", "site", "demo"],
+    ["keygen", "consortium create", "consortium sign", "consortium show", "coordinator", "site", "status", "demo"],
 )
 def test_every_command_explains_itself(run: Run, command: str) -> None:
     """``--help`` ends with status 0 and an example of the very command."""
