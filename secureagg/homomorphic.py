@@ -26,6 +26,7 @@ import os
 import struct
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import cache
+from hashlib import sha256
 from typing import Any, Final
 
 import numpy as np
@@ -297,8 +298,19 @@ def mask_slots(
     slots &= np.uint64((1 << layout.slot_bits) - 1)
 
 
+def sum_digest(chunks: Iterable[bytes]) -> bytes:
+    """SHA-256 of all ciphertexts of a sum: its name before it is opened, the same as ``SumReader.digest``."""
+    ciphertexts = sha256()
+    for chunk in chunks:
+        ciphertexts.update(chunk)
+    return ciphertexts.digest()
+
+
 class SumReader:
-    """Decrypts a sum without masks, chunk by chunk; in memory are one chunk and the numbers that come of it."""
+    """Decrypts a sum without masks, chunk by chunk; in memory are one chunk and the numbers that come of it.
+
+    Until ``totals`` nothing that anybody can see depends on what the ciphertexts hold.
+    """
 
     CHUNK_CIPHERTEXTS: Final = 16  # 1 MiB
 
@@ -307,11 +319,17 @@ class SumReader:
         self._layout = layout
         self._sums = layout.empty_sums()
         self._taken = 0
+        self._ciphertexts = sha256()
 
     @property
     def whole(self) -> bool:
         """Whether every ciphertext was taken."""
         return self._taken == self._layout.ciphertexts
+
+    @property
+    def digest(self) -> bytes:
+        """SHA-256 of the ciphertexts that were taken."""
+        return self._ciphertexts.digest()
 
     def take(self, chunk: bytes | memoryview, *, who: str) -> None:
         """Decrypt the next summed ciphertexts; MalformedMessage naming ``who`` if there are more or fewer than a chunk
@@ -325,6 +343,7 @@ class SumReader:
             slots = self._key.decrypt(memoryview(chunk)[start : start + SUMMED_BYTES], who=who)
             self._layout.take_sums(slots, range(self._taken, self._taken + 1), self._sums)
             self._taken += 1
+        self._ciphertexts.update(chunk)
 
     def totals(self, *, survivors: int) -> dict[str, npt.NDArray[np.int64]]:
         """Lane name -> the survivors' exact integer sums, once: what was read is used up."""

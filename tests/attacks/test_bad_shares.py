@@ -53,7 +53,7 @@ def dealing(stopped: StoppedRound) -> tuple[str, EncryptedShares]:
 def test_a_wrong_commitment_to_the_seed() -> None:
     """A site that commits to another seed than it shared spoils the round, nothing is released, and it is blamed.
 
-    Stopped by ``seed_commitment`` in ``Coordinator._unmask``.
+    Stopped by ``seed_commitment`` in ``Coordinator._masks``.
     """
     stopped = StoppedRound()
     site, message = dealing(stopped)
@@ -69,7 +69,7 @@ def test_a_wrong_commitment_to_the_seed() -> None:
 def test_a_dropout_that_dealt_another_key() -> None:
     """A site that shares another mask key than it advertised, and drops out, spoils the round and is blamed.
 
-    Stopped by the comparison with the advertised key in ``Coordinator._unmask``.
+    Stopped by the comparison with the advertised key in ``Coordinator._masks``.
     """
     stopped = StoppedRound()
     liar = stopped.sites[3]

@@ -106,7 +106,7 @@ def test_another_input_in_a_sites_name() -> None:
 
 
 def test_a_colluder_that_masks_wrongly() -> None:
-    """A site whose masks do not cancel spoils the sum; it is not released.  Stopped by the canary in ``_unmask``."""
+    """A site whose masks do not cancel spoils the sum; it is not released.  Stopped by the canary in ``aggregate_of``."""
     stopped = at_the_inputs()
     site, message = stopped.pending.pop(0)
     noise = np.random.default_rng(1).bytes(len(message.chunks[0]))
