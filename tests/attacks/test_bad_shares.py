@@ -15,6 +15,7 @@ from secureagg.shamir import PRIME, share
 from secureagg.testing import CountingEntropy
 
 replace = msgspec.structs.replace
+pytestmark = pytest.mark.usefixtures("backend")
 
 
 def shifted(share: bytes) -> bytes:
@@ -101,11 +102,11 @@ def deal_again(stopped: StoppedRound, liar: str, phase: AwaitingShares) -> Encry
         commitments.append((holder, committed))
         if holder != liar:
             secret = phase.channel_secrets[holder]
-            sealed = seal_shares(parameters, secret, mask_key + self_seed, sender=liar, recipient=holder)
-            ciphertexts.append((holder, sealed))
-    message = EncryptedShares(
-        context=parameters.context,
-        sender=liar,
+            plain = mask_key + self_seed + phase.encryption_secret
+            ciphertexts.append((holder, seal_shares(parameters, secret, plain, sender=liar, recipient=holder)))
+    honest = dict(stopped.pending)[liar]
+    message = replace(
+        honest,
         commitment=bytes(32),
         share_commitments=tuple(commitments),
         ciphertexts=tuple(ciphertexts),
