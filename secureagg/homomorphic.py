@@ -53,6 +53,8 @@ _VERSION_BYTES: Final = 5
 _FRAME_BYTES: Final = 10
 _BLAKE2XB: Final = b"\x01"
 
+_CHECKED: Final[dict[int, bytes]] = {}  # bits of a slot -> SEAL's magic number and version, once both are seen to fit
+
 # TenSEAL has no types.
 _Seal = Any
 _Context = Any
@@ -82,12 +84,14 @@ class Bfv:
         LocalProtocolError if this SEAL does not write the format that is expected."""
         seal = _seal()
         self.slot_bits = slot_bits
-        self._context = _context(slot_bits, seal)
+        self._context = _plain_context(slot_bits)
         self._evaluator = seal.Evaluator(self._context)
         self._file = os.fdopen(os.memfd_create("secureagg-seal"), "w+b", buffering=0)
         self._path = f"/proc/self/fd/{self._file.fileno()}"
-        self._version = b""
-        self._check_seal()
+        self._version = _CHECKED.get(slot_bits, b"")
+        if not self._version:
+            self._check_seal()
+            _CHECKED[slot_bits] = self._version
 
     def _encoded(self, slots: Slots) -> _Plaintext:
         """The plaintext of 4,096 slots."""
@@ -172,7 +176,8 @@ class Bfv:
         loaded.load(self._context, self._path)
 
     def _check_seal(self) -> None:
-        """Notice here, and not as the fault of a site, that this SEAL writes or reads another format."""
+        """Notice here, once in a process and not as the fault of a site, that this SEAL writes or reads another
+        format."""
         key = SecretKey(self, os.urandom(KEY_SEED_BYTES))
         key._encryptor.encrypt_zero_symmetric().save(self._path)
         self._version = os.pread(self._file.fileno(), _VERSION_BYTES, 0)
@@ -351,6 +356,12 @@ class SumReader:
             raise LocalProtocolError(f"sum: {self._taken} of {self._layout.ciphertexts} ciphertexts were taken")
         sums, self._sums = self._sums, {}
         return self._layout.totals(sums, survivors=survivors)
+
+
+@cache
+def _plain_context(slot_bits: int) -> _Context:
+    """The context that everybody has; it never changes, so threads may share it."""
+    return _context(slot_bits, _seal())
 
 
 def _context(slot_bits: int, seal: _Seal, key_seed: bytes | None = None) -> _Context:
