@@ -1,5 +1,6 @@
 """One round of real machines that a test can stop between any two messages, to lie in the coordinator's place."""
 
+import dataclasses
 from collections.abc import Collection, Mapping
 from typing import ClassVar
 
@@ -40,8 +41,8 @@ class StoppedRound:
     ``until(Message)`` runs honestly up to that message of the coordinator and returns it undelivered, per recipient;
     ``deliver`` hands messages to the sites.
 
-    ``change_for``: per site, keyword arguments of RoundParameters.create that differ for this site.
-    ``backend``: of all rounds for which ``options`` name none.
+    ``length``: of the update; ``change_for``: per site, keyword arguments of RoundParameters.create that differ for
+    this site.  ``backend``: of all rounds for which ``options`` name none.
     """
 
     backend: ClassVar[Backend] = "masked"
@@ -51,6 +52,7 @@ class StoppedRound:
         n: int = 4,
         *,
         seed: int = 0,
+        length: int = UPDATE.length,
         silent: Mapping[SiteId, type] | None = None,
         identities: Mapping[SiteId, Identity] | None = None,
         change_for: Mapping[SiteId, Mapping[str, object]] | None = None,
@@ -66,7 +68,7 @@ class StoppedRound:
             "round_number": 1,
             "roster": self.roster,
             "cohort": self.sites,
-            "lanes": [UPDATE, HISTOGRAM],
+            "lanes": [dataclasses.replace(UPDATE, length=length), HISTOGRAM],
             "model_digest": bytes(32),
             "max_weight": 10,
             "backend": self.backend,
@@ -76,7 +78,7 @@ class StoppedRound:
         self.coordinator = Coordinator(parameters=self.parameters)
         self.journals = {site: MemoryJournal() for site in self.sites}
         self.values = {
-            site: {"update": np.linspace(-1, 1, 5) * (index + 1) / n, "histogram": np.arange(4) + index}
+            site: {"update": np.linspace(-1, 1, length) * (index + 1) / n, "histogram": np.arange(4) + index}
             for index, site in enumerate(self.sites)
         }
         self.weights = {site: 1 + index % 10 for index, site in enumerate(self.sites)}
