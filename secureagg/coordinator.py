@@ -3,7 +3,8 @@
     AdvertisingKeys -> SharingKeys -> CollectingMaskedInputs -> CheckingConsistency -> Unmasking
                     -> CoordinatorFinished, or Aborted
 
-With the homomorphic backend, Unmasking -> Decrypting (-> Opening) -> CoordinatorFinished: sites open the sum.
+With the homomorphic backend, Unmasking -> Decrypting -> Opening -> CoordinatorFinished: the sites sign the encrypted
+sum, then they open it.
 
 What an honest coordinator checks, it checks so that one bad site cannot spoil the round for the others: a bad message
 is refused with the state unchanged.  A phase ends when everyone still expected has answered, or when ``close_phase``
@@ -38,7 +39,7 @@ from secureagg.errors import (
     ThresholdNotMet,
     UnexpectedMessage,
 )
-from secureagg.homomorphic import Bfv, CiphertextSum, SecretKey, SumReader, unmask_sum
+from secureagg.homomorphic import Bfv, CiphertextSum, SecretKey, SumReader, sum_digest, unmask_sum
 from secureagg.identity import SiteId, verify
 from secureagg.keystream import Spread
 from secureagg.lanes import CANARY
@@ -47,6 +48,7 @@ from secureagg.messages import (
     Acknowledgement,
     AcknowledgementList,
     AggregateAgreement,
+    AggregateReport,
     AggregateSignature,
     CohortKeys,
     EncryptedAggregate,
@@ -328,15 +330,23 @@ class Coordinator:
                 )
         phase.received[message.sender] = message
 
-    def _collect_digest(self, phase: Decrypting, message: AggregateSignature, who: str) -> None:
-        if len(message.aggregate_digest) != DIGEST_BYTES:
-            raise MalformedMessage(f"{who}: a digest of {len(message.aggregate_digest)} bytes, expected {DIGEST_BYTES}")
+    def _collect_aggregate_signature(self, phase: Decrypting, message: AggregateSignature, who: str) -> None:
+        # Stops a signature for which every other site would refuse the agreement.
+        if message.ciphertext_digest != phase.digest:
+            raise AuthenticationFailed(f"{who}: a signature on other ciphertexts than were sent")
         phase.received[message.sender] = message
 
-    def _collect_key(self, phase: Opening, message: KeyRelease, who: str) -> None:
-        dealer = min(phase.dealings)
-        if secret_commitment(self._parameters, dealer, message.secret) != phase.dealings[dealer].secret_commitment:
-            raise AuthenticationFailed(f"{who}: not the secret that {dealer} committed to")
+    def _collect_report(self, phase: Opening, message: AggregateReport, who: str) -> None:
+        expected = KeyRelease if self._parameters.release_to == "coordinator" else AggregateReport
+        if type(message) is not expected:
+            raise UnexpectedMessage(f"{who}: found {type(message).__name__}, expected {expected.__name__}")
+        if len(message.aggregate_digest) != DIGEST_BYTES:
+            raise MalformedMessage(f"{who}: a digest of {len(message.aggregate_digest)} bytes, expected {DIGEST_BYTES}")
+        if isinstance(message, KeyRelease):
+            dealer = min(phase.dealings)
+            # Stops a site that releases another key, with which the sum would open to something else.
+            if secret_commitment(self._parameters, dealer, message.secret) != phase.dealings[dealer].secret_commitment:
+                raise AuthenticationFailed(f"{who}: not the secret that {dealer} committed to")
         phase.received[message.sender] = message
 
     # --- ending a phase: go on with those who answered ---
@@ -376,7 +386,7 @@ class Coordinator:
             case Decrypting():
                 result = self._agreed(phase)
             case Opening():
-                result = self._released(self._open(phase), phase.received)
+                result = self._opened(phase)
         return result
 
     def _released(self, aggregate: Aggregate, helped: Iterable[SiteId]) -> tuple[CoordinatorFinished, list[Outbound]]:
@@ -577,7 +587,8 @@ class Coordinator:
             unmask_sum(phase.sums, parameters.slot_layout, masks_of(SLOTS_LANE), spread=self._spread)
             message = EncryptedAggregate(context=parameters.context, chunks=phase.sums.chunks())
             asked = frozenset(phase.received)
-            following = Decrypting(phase.dealings, message.chunks, phase.survivors, asked)
+            digest = sum_digest(message.chunks)
+            following = Decrypting(phase.dealings, message.chunks, digest, phase.survivors, asked)
             return following, self._to(sorted(asked), message)
         totals = {
             name: unmasked_total(ring_lane, phase.sums[name], masks_of(name), spread=self._spread)
@@ -589,34 +600,40 @@ class Coordinator:
         )
         return self._released(aggregate, phase.received)
 
-    def _agreed(self, phase: Decrypting) -> tuple[Opening | CoordinatorFinished, list[Outbound]]:
-        """Show those who opened the same aggregate that they did."""
+    def _agreed(self, phase: Decrypting) -> tuple[Opening, list[Outbound]]:
+        """Show the signers that they were sent the same sum, which they may open then."""
+        signatures = tuple(message for _, message in sorted(phase.received.items()))
+        agreement = AggregateAgreement(context=self._parameters.context, signatures=signatures)
+        following = Opening(phase.dealings, phase.chunks, phase.survivors, frozenset(phase.received))
+        return following, self._to(sorted(phase.received), agreement)
+
+    def _opened(self, phase: Opening) -> tuple[CoordinatorFinished, list[Outbound]]:
+        """Release what at least ``threshold`` sites report, opened here as well if they released the key."""
         found = Counter(message.aggregate_digest for message in phase.received.values())
         digest, count = found.most_common(1)[0]
         if count < self._parameters.threshold:
             raise ThresholdNotMet(
-                f"coordinator, Decrypting: {count} of {len(phase.received)} sites opened the same aggregate, expected "
-                f"at least {self._parameters.threshold}"
+                f"coordinator, Opening: {count} of {len(phase.received)} sites opened the same aggregate, expected at "
+                f"least {self._parameters.threshold}"
             )
-        signatures = tuple(item for _, item in sorted(phase.received.items()) if item.aggregate_digest == digest)
-        agreeing = [item.sender for item in signatures]
-        outbound = self._left_out(phase.received.keys() - set(agreeing))
-        outbound += self._to(agreeing, AggregateAgreement(context=self._parameters.context, signatures=signatures))
-        if self._parameters.release_to == "coordinator":
-            return Opening(phase.dealings, phase.chunks, phase.survivors, frozenset(agreeing), digest), outbound
+        agreeing = {site: message for site, message in phase.received.items() if message.aggregate_digest == digest}
+        secrets = [message.secret for message in agreeing.values() if isinstance(message, KeyRelease)]
         survivors = tuple(site for site, _ in phase.survivors.survivors)
-        finished, receipts = self._released(Aggregate({}, {}, survivors, digest), agreeing)
-        return finished, outbound + receipts
+        aggregate = self._open(phase, secrets[0], survivors) if secrets else Aggregate({}, {}, survivors, digest)
+        # Stops a sum other than the one that the sites opened.
+        if aggregate.digest != digest:
+            raise RoundAborted("coordinator, Opening: not the aggregate that the sites opened")
+        finished, receipts = self._released(aggregate, agreeing)
+        return finished, self._left_out(phase.received.keys() - agreeing.keys()) + receipts
 
-    def _open(self, phase: Opening) -> Aggregate:
-        """Decrypt the sum with the key that the sites released."""
-        parameters, secret = self._parameters, next(iter(phase.received.values())).secret
+    def _open(self, phase: Opening, secret: bytes, survivors: tuple[SiteId, ...]) -> Aggregate:
+        """Decrypt the sum with the key that is made of ``secret``."""
+        parameters = self._parameters
         key = SecretKey(Bfv(parameters.slot_layout.slot_bits), encryption_key_seed(parameters, secret))
         reader = SumReader(key, parameters.slot_layout)
         for chunk in phase.chunks:
             reader.take(chunk, who="coordinator, Opening")
-        survivors = tuple(site for site, _ in phase.survivors.survivors)
-        aggregate = aggregate_of(
+        return aggregate_of(
             parameters,
             reader.totals(survivors=len(survivors)),
             survivors=survivors,
@@ -624,10 +641,6 @@ class Coordinator:
             spread=self._spread,
             who="coordinator, Opening",
         )
-        # Stops a sum other than the one that the sites agreed to release.
-        if aggregate.digest != phase.digest:
-            raise RoundAborted("coordinator, Opening: not the aggregate that the sites opened")
-        return aggregate
 
     @staticmethod
     def _to(recipients: Iterable[SiteId], message: ToSite) -> list[Outbound]:
@@ -663,8 +676,9 @@ HOMOMORPHIC: Final[_Collectors] = {
     (CollectingMaskedInputs, MaskedInput): Coordinator._collect_input,
     (CheckingConsistency, SurvivorSignature): Coordinator._collect_signature,
     (Unmasking, UnmaskShares): Coordinator._collect_unmask_shares,
-    (Decrypting, AggregateSignature): Coordinator._collect_digest,
-    (Opening, KeyRelease): Coordinator._collect_key,
+    (Decrypting, AggregateSignature): Coordinator._collect_aggregate_signature,
+    (Opening, AggregateReport): Coordinator._collect_report,
+    (Opening, KeyRelease): Coordinator._collect_report,
 }
 
 # Phase by name, in order -> the messages, of one kind of round each, by whose absence it shows that a site stopped
@@ -673,5 +687,5 @@ MESSAGE_OF_PHASE: Final[dict[str, tuple[type, ...]]] = {
     phase.__name__: tuple(
         dict.fromkeys(message for table in (COMPLETE, SPARSE, HOMOMORPHIC) for at, message in table if at is phase)
     )
-    for phase, _ in HOMOMORPHIC
+    for phase in dict.fromkeys(phase for phase, _ in HOMOMORPHIC)
 }

@@ -26,6 +26,7 @@ import os
 import struct
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import cache
+from hashlib import sha256
 from typing import Any, Final
 
 import numpy as np
@@ -51,6 +52,8 @@ _HEADER_BYTES: Final = 16
 _VERSION_BYTES: Final = 5
 _FRAME_BYTES: Final = 10
 _BLAKE2XB: Final = b"\x01"
+
+_CHECKED: Final[dict[int, bytes]] = {}  # bits of a slot -> SEAL's magic number and version, once both are seen to fit
 
 # TenSEAL has no types.
 _Seal = Any
@@ -86,12 +89,14 @@ class Bfv:
         LocalProtocolError if this SEAL does not write the format that is expected."""
         seal = _seal()
         self.slot_bits = slot_bits
-        self._context = _context(slot_bits, seal)
+        self._context = _plain_context(slot_bits)
         self._evaluator = seal.Evaluator(self._context)
         self._file = os.fdopen(os.memfd_create("secureagg-seal"), "w+b", buffering=0)
         self._path = f"/proc/self/fd/{self._file.fileno()}"
-        self._version = b""
-        self._check_seal()
+        self._version = _CHECKED.get(slot_bits, b"")
+        if not self._version:
+            self._check_seal()
+            _CHECKED[slot_bits] = self._version
 
     def _encoded(self, slots: Slots) -> _Plaintext:
         """The plaintext of 4,096 slots."""
@@ -176,7 +181,8 @@ class Bfv:
         loaded.load(self._context, self._path)
 
     def _check_seal(self) -> None:
-        """Notice here, and not as the fault of a site, that this SEAL writes or reads another format."""
+        """Notice here, once in a process and not as the fault of a site, that this SEAL writes or reads another
+        format."""
         key = SecretKey(self, os.urandom(KEY_SEED_BYTES))
         key._encryptor.encrypt_zero_symmetric().save(self._path)
         self._version = os.pread(self._file.fileno(), _VERSION_BYTES, 0)
@@ -302,8 +308,19 @@ def mask_slots(
     slots &= np.uint64((1 << layout.slot_bits) - 1)
 
 
+def sum_digest(chunks: Iterable[bytes]) -> bytes:
+    """SHA-256 of all ciphertexts of a sum: its name before it is opened, the same as ``SumReader.digest``."""
+    ciphertexts = sha256()
+    for chunk in chunks:
+        ciphertexts.update(chunk)
+    return ciphertexts.digest()
+
+
 class SumReader:
-    """Decrypts a sum without masks, chunk by chunk; in memory are one chunk and the numbers that come of it."""
+    """Decrypts a sum without masks, chunk by chunk; in memory are one chunk and the numbers that come of it.
+
+    Until ``totals`` nothing that anybody can see depends on what the ciphertexts hold.
+    """
 
     CHUNK_CIPHERTEXTS: Final = 16  # 1 MiB
 
@@ -312,11 +329,17 @@ class SumReader:
         self._layout = layout
         self._sums = layout.empty_sums()
         self._taken = 0
+        self._ciphertexts = sha256()
 
     @property
     def whole(self) -> bool:
         """Whether every ciphertext was taken."""
         return self._taken == self._layout.ciphertexts
+
+    @property
+    def digest(self) -> bytes:
+        """SHA-256 of the ciphertexts that were taken."""
+        return self._ciphertexts.digest()
 
     def take(self, chunk: bytes | memoryview, *, who: str) -> None:
         """Decrypt the next summed ciphertexts; MalformedMessage naming ``who`` if there are more or fewer than a chunk
@@ -330,6 +353,7 @@ class SumReader:
             slots = self._key.decrypt(memoryview(chunk)[start : start + SUMMED_BYTES], who=who)
             self._layout.take_sums(slots, range(self._taken, self._taken + 1), self._sums)
             self._taken += 1
+        self._ciphertexts.update(chunk)
 
     def totals(self, *, survivors: int) -> dict[str, npt.NDArray[np.int64]]:
         """Lane name -> the survivors' exact integer sums, once: what was read is used up."""
@@ -337,6 +361,12 @@ class SumReader:
             raise LocalProtocolError(f"sum: {self._taken} of {self._layout.ciphertexts} ciphertexts were taken")
         sums, self._sums = self._sums, {}
         return self._layout.totals(sums, survivors=survivors)
+
+
+@cache
+def _plain_context(slot_bits: int) -> _Context:
+    """The context that everybody has; it never changes, so threads may share it."""
+    return _context(slot_bits, _seal())
 
 
 def _context(slot_bits: int, seal: _Seal, key_seed: bytes | None = None) -> _Context:

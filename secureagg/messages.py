@@ -190,19 +190,26 @@ class EncryptedAggregate(Message, frozen=True, tag="encrypted-aggregate", array_
 
 
 class AggregateSignature(SiteMessage, frozen=True, tag="aggregate-signature", array_like=True, kw_only=True):
-    """Message 5: digest of the aggregate that the site opened, under a key that only sites have."""
+    """Message 5: SHA-256 of the ciphertexts of the one sum that the site will open.  It says nothing of what is in
+    them."""
 
-    aggregate_digest: bytes
+    ciphertext_digest: bytes
 
 
 class AggregateAgreement(Message, frozen=True, tag="aggregate-agreement", array_like=True, kw_only=True):
-    """The statements of those who opened the same aggregate."""
+    """The statements of those who were sent the same ciphertexts."""
 
     signatures: tuple[AggregateSignature, ...]
 
 
-class KeyRelease(SiteMessage, frozen=True, tag="key-release", array_like=True, kw_only=True):
-    """Message 6, where the coordinator is given the aggregate too: what the encryption key is made of."""
+class AggregateReport(SiteMessage, frozen=True, tag="aggregate-report", array_like=True, kw_only=True):
+    """Message 6: digest of the aggregate that the site opened, under a key that only sites have."""
+
+    aggregate_digest: bytes
+
+
+class KeyRelease(AggregateReport, frozen=True, tag="key-release", array_like=True, kw_only=True):
+    """Message 6 where the coordinator is given the aggregate too: also what the encryption key is made of."""
 
     secret: bytes
 
@@ -224,6 +231,7 @@ ToCoordinator = (
     | Acknowledgement
     | KeyedShares
     | AggregateSignature
+    | AggregateReport
     | KeyRelease
 )
 ToSite = (

@@ -243,7 +243,7 @@ class RoundParameters:
             raise ParameterError(f"model digest: {len(model_digest)} bytes, expected {DIGEST_BYTES}")
         if max_weight is not None and max_weight < 1:
             raise ParameterError(f"max_weight: found {max_weight}, expected 1 or more")
-        made = cls(
+        return cls(
             consortium=consortium,
             run=run,
             round_number=round_number,
@@ -259,9 +259,6 @@ class RoundParameters:
             backend=backend,
             release_to=release_to,
         )
-        if backend == "homomorphic":
-            _ = made.slot_layout  # refuses a cohort that is too large
-        return made
 
     @cached_property
     def digest(self) -> bytes:
@@ -314,7 +311,7 @@ class RoundParameters:
 
     @cached_property
     def slot_layout(self) -> SlotLayout:
-        """Where the lanes lie in a homomorphic sum; ParameterError if the cohort is too large for one."""
+        """Where the lanes lie in a homomorphic sum."""
         return SlotLayout.of(self.lanes, cohort_size=len(self.cohort), max_weight=self.max_weight or 1)
 
     @cached_property

@@ -1,10 +1,11 @@
-"""The site's side of one round: five messages out, and a check before each.
+"""The site's side of one round: five messages out, seven with the homomorphic backend, and a check before each.
 
     Created -> AwaitingCohortKeys -> AwaitingShares -> AwaitingInput -> AwaitingSurvivors
             -> AwaitingUnmaskRequest -> AwaitingReceipt -> ParticipantFinished, or Aborted
 
 With the homomorphic backend, AwaitingUnmaskRequest -> AwaitingAggregate -> OpeningAggregate -> AwaitingAgreement
--> AwaitingReceipt: the site opens the sum, and takes it once enough others have opened the same.
+-> AwaitingReceipt: the site opens the encrypted sum, but only once enough others have signed that they were sent the
+same one.  Whoever has the key answers whatever is asked of it; so all sites answer one question together.
 
 Whatever the coordinator sends is checked against what the site knows by itself.  One bad message ends the round for
 this site: the phase becomes ``Aborted``, which holds no secret, and the error is raised.  ``COMPLETE``, ``SPARSE`` and
@@ -51,6 +52,7 @@ from secureagg.messages import (
     Acknowledgement,
     AcknowledgementList,
     AggregateAgreement,
+    AggregateReport,
     AggregateSignature,
     CohortKeys,
     EncryptedAggregate,
@@ -238,7 +240,7 @@ class Participant:
             self._phase.reader.take(chunk, who=self._who("encrypted aggregate"))
             if not self._phase.reader.whole:
                 return []
-            phase, replies = self._sign_aggregate(self._phase)
+            phase, replies = self._sign_ciphertexts(self._phase)
         except SecureAggregationError as error:
             self._abort(error)
             raise
@@ -516,46 +518,51 @@ class Participant:
         reader = SumReader(self._encryption_key(phase.encryption_secret), self._parameters.slot_layout)
         return OpeningAggregate(phase.survivors, phase.encryption_secret, reader), []
 
-    def _sign_aggregate(self, phase: OpeningAggregate) -> _Step[AwaitingAgreement]:
-        """Message 5 with the homomorphic backend: say what came out, in a way that only sites understand."""
+    def _sign_ciphertexts(self, phase: OpeningAggregate) -> _Step[AwaitingAgreement]:
+        """Message 5 with the homomorphic backend: sign the one encrypted sum that this site will open."""
+        # Says nothing of what is in it.  A site that answered with the canary, or with a digest of the aggregate, would
+        # tell whether a guess of the coordinator's, put in the canary's place, is right; and each site another guess.
+        reply = AggregateSignature(
+            context=self._parameters.context, sender=self._site, ciphertext_digest=phase.reader.digest
+        )
+        return AwaitingAgreement(phase.survivors, phase.encryption_secret, phase.reader), [self._sign(reply)]
+
+    def _open_agreed(self, phase: AwaitingAgreement, message: AggregateAgreement) -> _Step[AwaitingReceipt]:
+        """Message 6 with the homomorphic backend, once ``threshold`` sites have signed this very sum: open it and
+        report it, with the key if the coordinator is to have the aggregate too."""
+        parameters = self._parameters
+        senders = self._senders(message.signatures, "aggregate signatures")
+        for item in message.signatures:
+            if item.sender not in phase.survivors:
+                raise InconsistentSurvivors(
+                    self._who(f"an aggregate signature of {item.sender}, who is not a survivor")
+                )
+            self._check_relayed(item)
+            # Stops a coordinator that sends each site another sum: it would learn the answers to as many questions, or
+            # leave some sites with a model that others do not have.
+            if item.ciphertext_digest != phase.reader.digest:
+                raise AuthenticationFailed(self._who(f"{item.sender} was sent another aggregate"))
+        # Any two sums with ``threshold`` signatures each would share an honest signer, who signs one only.
+        if len(senders) < parameters.threshold:
+            raise ThresholdNotMet(
+                self._who(f"{len(senders)} signatures on the aggregate, expected at least {parameters.threshold}")
+            )
         aggregate = aggregate_of(
-            self._parameters,
+            parameters,
             phase.reader.totals(survivors=len(phase.survivors)),
             survivors=phase.survivors,
-            digest_key=digest_key(self._parameters, phase.encryption_secret),
+            digest_key=digest_key(parameters, phase.encryption_secret),
             spread=self._spread,
             who=self._who("encrypted aggregate"),
         )
-        reply = AggregateSignature(
-            context=self._parameters.context, sender=self._site, aggregate_digest=aggregate.digest
-        )
-        return AwaitingAgreement(aggregate, phase.encryption_secret), [self._sign(reply)]
-
-    def _take_agreement(self, phase: AwaitingAgreement, message: AggregateAgreement) -> _Step[AwaitingReceipt]:
-        """Message 6 if the coordinator is to have the aggregate too, once ``threshold`` sites have opened this very
-        one."""
-        parameters, aggregate = self._parameters, phase.aggregate
-        senders = self._senders(message.signatures, "aggregate signatures")
-        for item in message.signatures:
-            if item.sender not in aggregate.survivors or item.context != parameters.context:
-                raise AuthenticationFailed(self._who(f"an aggregate signature of {item.sender}, who is no survivor"))
-            check_signature(item, parameters.roster[item.sender].signing_key)
-            # Stops a coordinator that gives each site another aggregate, and so a model that others do not have.
-            if item.aggregate_digest != aggregate.digest:
-                raise AuthenticationFailed(self._who(f"{item.sender} opened another aggregate"))
-        # Any two aggregates with ``threshold`` signatures each would share an honest signer, who signs one only.
-        if len(senders) < parameters.threshold:
-            raise ThresholdNotMet(
-                self._who(f"{len(senders)} sites opened this aggregate, expected at least {parameters.threshold}")
-            )
-        replies: list[ToCoordinator] = []
+        report = AggregateReport(context=parameters.context, sender=self._site, aggregate_digest=aggregate.digest)
         if parameters.release_to == "coordinator":
-            release = KeyRelease(context=parameters.context, sender=self._site, secret=phase.encryption_secret)
-            replies = [self._sign(release)]
-        return AwaitingReceipt(len(aggregate.survivors), aggregate), replies
+            report = KeyRelease(**msgspec.structs.asdict(report), secret=phase.encryption_secret)
+        return AwaitingReceipt(len(phase.survivors), aggregate), [self._sign(report)]
 
     def _take_receipt(self, phase: AwaitingReceipt, message: RoundReceipt) -> _Step[ParticipantFinished]:
-        """Message 5: the coordinator released the sum over the list that was signed, and the masks cancelled in it."""
+        """The last message: the coordinator released the sum over the list that was signed, and the masks cancelled in
+        it."""
         if not message.survivors == message.canary == phase.survivors:
             raise InconsistentSurvivors(
                 self._who(
@@ -627,11 +634,15 @@ class Participant:
 
     def _check_statement(self, statement: Inclusion | Acknowledgement, about: Positions) -> None:
         """Raise unless ``statement`` belongs to this round, is its sender's, and is about this site among others."""
+        self._check_relayed(statement)
+        if self._parameters.positions[self._site] not in about:
+            raise InconsistentSurvivors(self._who(f"the statement of {statement.sender} is not about this site"))
+
+    def _check_relayed(self, statement: SiteMessage) -> None:
+        """Raise AuthenticationFailed unless ``statement`` belongs to this round and is its sender's."""
         if statement.context != self._parameters.context:
             raise AuthenticationFailed(self._who(f"a statement of {statement.sender} bound to another context"))
         check_signature(statement, self._parameters.roster[statement.sender].signing_key)
-        if self._parameters.positions[self._site] not in about:
-            raise InconsistentSurvivors(self._who(f"the statement of {statement.sender} is not about this site"))
 
     def _sites(self, positions: Positions, *, among: frozenset[SiteId], what: str) -> set[SiteId]:
         sites = {site for site in among if self._parameters.positions[site] in positions}
@@ -723,7 +734,7 @@ HOMOMORPHIC: Final[_Transitions] = {
     (AwaitingSurvivors, SurvivorList): Participant._sign_survivors,
     (AwaitingUnmaskRequest, UnmaskRequest): Participant._reveal_keyed,
     (AwaitingAggregate, EncryptedAggregate): Participant._open_aggregate,
-    (AwaitingAgreement, AggregateAgreement): Participant._take_agreement,
+    (AwaitingAgreement, AggregateAgreement): Participant._open_agreed,
     (AwaitingReceipt, RoundReceipt): Participant._take_receipt,
 }
 for _transitions in (COMPLETE, SPARSE, HOMOMORPHIC):

@@ -16,11 +16,11 @@ from secureagg.homomorphic import SumReader
 from secureagg.identity import SiteId
 from secureagg.messages import (
     Acknowledgement,
+    AggregateReport,
     AggregateSignature,
     EncryptedShares,
     Inclusion,
     KeyAdvertisement,
-    KeyRelease,
     RoundReceipt,
     SurvivorList,
     UnmaskShares,
@@ -136,10 +136,11 @@ class OpeningAggregate:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class AwaitingAgreement:
-    """The aggregate is opened; its digest is sent."""
+    """All ciphertexts of the aggregate are in ``reader``, and their digest is signed; nobody has looked at the sum."""
 
-    aggregate: "Aggregate"
+    survivors: tuple[SiteId, ...]
     encryption_secret: bytes = field(repr=False)
+    reader: SumReader = field(repr=False)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -242,11 +243,12 @@ class Unmasking:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Decrypting:
-    """With the homomorphic backend: collects the digests of what those who revealed shares opened.  ``chunks``: of the
-    encrypted aggregate."""
+    """With the homomorphic backend: collects signatures of those who revealed shares, on the encrypted aggregate in
+    ``chunks``, of which ``digest`` is the SHA-256."""
 
     dealings: Mapping[SiteId, Dealing]
     chunks: tuple[bytes, ...] = field(repr=False)
+    digest: bytes
     survivors: SurvivorList
     asked: frozenset[SiteId]
     received: dict[SiteId, AggregateSignature] = field(default_factory=dict)
@@ -254,15 +256,14 @@ class Decrypting:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Opening:
-    """Where the coordinator is given the aggregate too: collects the key from those who opened the same, whose digest
-    is ``digest``."""
+    """Collects reports of those who signed: what they opened, and the key where the coordinator is given the aggregate
+    too."""
 
     dealings: Mapping[SiteId, Dealing]
     chunks: tuple[bytes, ...] = field(repr=False)
     survivors: SurvivorList
     asked: frozenset[SiteId]
-    digest: bytes
-    received: dict[SiteId, KeyRelease] = field(default_factory=dict, repr=False)
+    received: dict[SiteId, AggregateReport] = field(default_factory=dict, repr=False)
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -23,9 +23,7 @@ from secureagg.phases import Aborted, Aggregate, CoordinatorFinished, Participan
 
 _ALL_PHASES: Final = tuple(MESSAGE_OF_PHASE)
 PHASES: Final = _ALL_PHASES[:5]  # of the coordinator
-HOMOMORPHIC_PHASES: Final = (
-    _ALL_PHASES  # with the homomorphic backend, the last only if the coordinator is given the sum
-)
+HOMOMORPHIC_PHASES: Final = _ALL_PHASES
 LANE: Final = "update"
 
 

@@ -15,6 +15,7 @@ from secureagg.shamir import PRIME, share
 from secureagg.testing import CountingEntropy
 
 replace = msgspec.structs.replace
+pytestmark = pytest.mark.usefixtures("backend")
 
 
 def shifted(share: bytes) -> bytes:
@@ -53,7 +54,7 @@ def dealing(stopped: StoppedRound) -> tuple[str, EncryptedShares]:
 def test_a_wrong_commitment_to_the_seed() -> None:
     """A site that commits to another seed than it shared spoils the round, nothing is released, and it is blamed.
 
-    Stopped by ``seed_commitment`` in ``Coordinator._unmask``.
+    Stopped by ``seed_commitment`` in ``Coordinator._masks``.
     """
     stopped = StoppedRound()
     site, message = dealing(stopped)
@@ -69,7 +70,7 @@ def test_a_wrong_commitment_to_the_seed() -> None:
 def test_a_dropout_that_dealt_another_key() -> None:
     """A site that shares another mask key than it advertised, and drops out, spoils the round and is blamed.
 
-    Stopped by the comparison with the advertised key in ``Coordinator._unmask``.
+    Stopped by the comparison with the advertised key in ``Coordinator._masks``.
     """
     stopped = StoppedRound()
     liar = stopped.sites[3]
@@ -101,11 +102,11 @@ def deal_again(stopped: StoppedRound, liar: str, phase: AwaitingShares) -> Encry
         commitments.append((holder, committed))
         if holder != liar:
             secret = phase.channel_secrets[holder]
-            sealed = seal_shares(parameters, secret, mask_key + self_seed, sender=liar, recipient=holder)
-            ciphertexts.append((holder, sealed))
-    message = EncryptedShares(
-        context=parameters.context,
-        sender=liar,
+            plain = mask_key + self_seed + phase.encryption_secret
+            ciphertexts.append((holder, seal_shares(parameters, secret, plain, sender=liar, recipient=holder)))
+    honest = dict(stopped.pending)[liar]
+    message = replace(
+        honest,
         commitment=bytes(32),
         share_commitments=tuple(commitments),
         ciphertexts=tuple(ciphertexts),

@@ -7,6 +7,8 @@ from support.rounds import HISTOGRAM, UPDATE, StoppedRound
 from secureagg import AuthenticationFailed, FixedPoint, Lane, SiteId, UnexpectedMessage
 from secureagg.messages import CohortKeys
 
+pytestmark = pytest.mark.usefixtures("backend")
+
 LANES = {
     "wider range": [Lane(name="update", length=5, encoding=FixedPoint(value_range=2.0), weighted=True), HISTOGRAM],
     "finer encoding": [

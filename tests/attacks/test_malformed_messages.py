@@ -11,11 +11,16 @@ import msgspec
 import numpy as np
 import pytest
 from support.rounds import StoppedRound
+from support.uploads import bytes_of
 
 from secureagg import MalformedMessage, UnexpectedMessage
 from secureagg.codec import HEADER_BYTES, decode_from_coordinator, decode_from_site, encode, sign
 from secureagg.messages import (
+    AggregateAgreement,
+    AggregateReport,
+    AggregateSignature,
     CohortKeys,
+    EncryptedAggregate,
     EncryptedShares,
     KeyAdvertisement,
     MaskedInput,
@@ -28,9 +33,11 @@ from secureagg.messages import (
     UnmaskRequest,
     UnmaskShares,
 )
-from secureagg.phases import Aborted, AwaitingUnmaskRequest, CoordinatorFinished
+from secureagg.phases import Aborted, AwaitingUnmaskRequest
+from secureagg.slots import COEFFICIENT_MODULUS, SLOTS
 
 replace = msgspec.structs.replace
+pytestmark = pytest.mark.usefixtures("backend")
 BEFORE: dict[type[ToCoordinator], type[ToSite] | None] = {
     KeyAdvertisement: None,
     EncryptedShares: CohortKeys,
@@ -39,13 +46,14 @@ BEFORE: dict[type[ToCoordinator], type[ToSite] | None] = {
     UnmaskShares: UnmaskRequest,
 }
 TO_SITE = (CohortKeys, ShareDelivery, SurvivorList, UnmaskRequest, RoundReceipt)
+OPENING = {AggregateSignature: EncryptedAggregate, AggregateReport: AggregateAgreement}  # with the homomorphic backend
 Frames = list[bytes]
 
 
 def at(kind: type[ToCoordinator]) -> StoppedRound:
     """A round whose coordinator waits for ``kind``; the honest messages are pending."""
     stopped = StoppedRound()
-    if (before := BEFORE[kind]) is not None:
+    if (before := (BEFORE | OPENING)[kind]) is not None:
         stopped.deliver(stopped.until(before))
     return stopped
 
@@ -62,18 +70,15 @@ def to_site(stopped: StoppedRound, frames: Frames) -> list[ToCoordinator]:
 
 def survivors_and_sum(stopped: StoppedRound) -> tuple[str, ...]:
     """Who is in the released sum, which is exactly the sum of their inputs in every lane."""
-    phase = stopped.coordinator.phase
-    assert isinstance(phase, CoordinatorFinished)
-    for name, lane in stopped.parameters.lanes.items():
-        expected = sum(lane.lift(stopped.inputs[site].vectors[name]) for site in phase.aggregate.survivors)
-        np.testing.assert_array_equal(phase.aggregate.totals[name], expected)
-    return phase.aggregate.survivors
+    survivors = stopped.aggregate.survivors
+    stopped.check_sum(survivors)
+    return survivors
 
 
 def state(stopped: StoppedRound) -> tuple[object, ...]:
     """All that the coordinator has collected so far."""
     phase = stopped.coordinator.phase
-    sums = {name: words.tobytes() for name, words in getattr(phase, "sums", {}).items()}
+    sums = bytes_of(getattr(phase, "sums", {}))
     return id(phase), stopped.coordinator.expected, dict(phase.received), sums
 
 
@@ -158,6 +163,19 @@ def test_garbage_at_the_coordinator(garbage: str, kind: type[ToCoordinator]) -> 
 
     Stopped by ``_decode``: the typed decoder, the size limit, the number of frames and the canonical form.
     """
+    check_garbage_at_the_coordinator(garbage, kind)
+
+
+@pytest.mark.parametrize("backend", ["homomorphic"], indirect=True)
+@pytest.mark.parametrize("kind", OPENING)
+@pytest.mark.parametrize("garbage", GARBAGE)
+def test_garbage_while_the_sum_is_opened(garbage: str, kind: type[ToCoordinator]) -> None:
+    """The same for what sites say of the encrypted sum and of what is in it."""
+    check_garbage_at_the_coordinator(garbage, kind)
+
+
+def check_garbage_at_the_coordinator(garbage: str, kind: type[ToCoordinator]) -> None:
+    """In place of ``kind``."""
     stopped = at(kind)
     (own, good), (peer, other), *_ = stopped.pending
     assert isinstance(good, kind)
@@ -180,6 +198,18 @@ def test_garbage_at_a_site(garbage: str, kind: type[ToSite]) -> None:
 
     Stopped by ``_decode``: the typed decoder, the size limit, the number of frames and the canonical form.
     """
+    check_garbage_at_a_site(garbage, kind)
+
+
+@pytest.mark.parametrize("backend", ["homomorphic"], indirect=True)
+@pytest.mark.parametrize("garbage", GARBAGE)
+def test_garbage_in_place_of_the_agreement(garbage: str) -> None:
+    """The same for the signatures on the encrypted sum; what is no such sum is looked at in ``test_homomorphic.py``."""
+    check_garbage_at_a_site(garbage, AggregateAgreement)
+
+
+def check_garbage_at_a_site(garbage: str, kind: type[ToSite]) -> None:
+    """In place of ``kind``."""
     stopped = StoppedRound()
     messages = stopped.until(kind)
     site = stopped.sites[0]
@@ -228,20 +258,20 @@ def with_lanes(message: MaskedInput, packed: bytes) -> MaskedInput:
 
 @pytest.mark.parametrize("wrong", ["no chunks", "cut", "longer", "all ones", "a filling bit"])
 def test_a_signed_input_that_is_no_vector(wrong: str) -> None:
-    """Rightly encoded and signed, but not the packed lanes of the round: refused before the first lane is added.
+    """Rightly encoded and signed, but not the packed lanes or ciphertexts of the round: refused before anything is
+    added.
 
-    Stopped by the checks of number and sizes in ``Upload``, and by ``check_filling``.
+    Stopped by the checks of number and sizes in ``Upload``, and by ``check_filling`` or ``check_fresh``.
     """
     stopped = at(MaskedInput)
     (site, good), (peer, other), *_ = stopped.pending
     stopped.coordinator.receive(other, sender=peer)
     packed = good.chunks[0]
-    lanes = list(stopped.parameters.lanes.values())
-    ends = np.cumsum([lane.packed_bytes for lane in lanes])
-    assert ends[-1] == len(packed)
-    # The last byte of the first lane whose bits do not fill whole bytes.
-    last = next(end - 1 for end, lane in zip(ends, lanes, strict=True) if lane.lane.length * lane.ring_bits % 8)
-    filled = packed[:last] + bytes([packed[last] | 0x80]) + packed[last + 1 :]
+    if StoppedRound.backend == "homomorphic":
+        # The last coefficient is one that no ciphertext has.
+        filled = packed[: 8 * (SLOTS - 1)] + COEFFICIENT_MODULUS.to_bytes(8, "little") + packed[8 * SLOTS :]
+    else:
+        filled = with_a_filling_bit(stopped, packed)
     bad = {
         "no chunks": replace(good, chunks=(), chunk_digests=()),
         "cut": with_lanes(good, packed[:-1]),
@@ -250,12 +280,23 @@ def test_a_signed_input_that_is_no_vector(wrong: str) -> None:
         "a filling bit": with_lanes(good, filled),
     }[wrong]
     before = state(stopped)
-    with pytest.raises(MalformedMessage, match=f"{site}, CollectingMaskedInputs.*(bytes of lanes|bits are not zero)"):
+    found = "bytes of lanes|bits are not zero|a ciphertext with a coefficient of"
+    with pytest.raises(MalformedMessage, match=f"{site}, CollectingMaskedInputs.*({found})"):
         to_coordinator(stopped, encode(sign(bad, stopped.identities[site])))
     assert state(stopped) == before
     stopped.pending = [pair for pair in stopped.pending if pair[0] != peer]
     stopped.finish()
     assert survivors_and_sum(stopped) == tuple(stopped.sites)
+
+
+def with_a_filling_bit(stopped: StoppedRound, packed: bytes) -> bytes:
+    """Packed lanes with a bit set behind the last value of one."""
+    lanes = list(stopped.parameters.lanes.values())
+    ends = np.cumsum([lane.packed_bytes for lane in lanes])
+    assert ends[-1] == len(packed)
+    # The last byte of the first lane whose bits do not fill whole bytes.
+    last = next(end - 1 for end, lane in zip(ends, lanes, strict=True) if lane.lane.length * lane.ring_bits % 8)
+    return packed[:last] + bytes([packed[last] | 0x80]) + packed[last + 1 :]
 
 
 def repeated(message: ToSite, field: str) -> ToSite:

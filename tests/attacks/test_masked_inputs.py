@@ -17,11 +17,13 @@ from secureagg import (
     UnexpectedMessage,
 )
 from secureagg.codec import sign
-from secureagg.messages import MaskedInput, RoundReceipt, ShareDelivery, SurvivorList
+from secureagg.messages import AggregateAgreement, MaskedInput, RoundReceipt, ShareDelivery, SurvivorList
 from secureagg.participant import input_digest
 from secureagg.phases import Aborted
+from secureagg.slots import SLOTS
 
 replace = msgspec.structs.replace
+pytestmark = pytest.mark.usefixtures("backend")
 
 
 def at_the_inputs(**options: object) -> StoppedRound:
@@ -106,23 +108,36 @@ def test_another_input_in_a_sites_name() -> None:
 
 
 def test_a_colluder_that_masks_wrongly() -> None:
-    """A site whose masks do not cancel spoils the sum; it is not released.  Stopped by the canary in ``_unmask``."""
+    """A site whose masks do not cancel spoils the sum, and nothing is released: by the coordinator, or by the sites
+    that opened it.
+
+    Stopped by the canary in ``aggregate_of``.
+    """
     stopped = at_the_inputs()
     site, message = stopped.pending.pop(0)
-    noise = np.random.default_rng(1).bytes(len(message.chunks[0]))
-    length = stopped.parameters.input_bytes
-    packed = bytearray(noise[:length])
-    for end in np.cumsum([lane.packed_bytes for lane in stopped.parameters.lanes.values()]):
-        packed[end - 1] = 0  # keep the filling bits zero
+    packed = bytearray(np.random.default_rng(1).bytes(stopped.parameters.input_bytes))
+    if StoppedRound.backend == "masked":
+        for end in np.cumsum([lane.packed_bytes for lane in stopped.parameters.lanes.values()]):
+            packed[end - 1] = 0  # keep the filling bits zero
+    else:
+        packed[7 : 8 * SLOTS : 8] = bytes(SLOTS)  # keep the coefficients below q
     chunk = bytes(packed)
     bad = sign(replace(message, chunks=(chunk,), chunk_digests=(sha256(chunk).digest(),)), stopped.identities[site])
     # The colluder goes on as if this had been its input, so that the round reaches its end.
     stopped.participants[site]._phase = replace_digest(stopped.participants[site].phase, bad)
     stopped.pending.append((site, bad))
-    stopped.finish()
+    if StoppedRound.backend == "masked":
+        stopped.finish()
+        assert isinstance(stopped.coordinator.phase, Aborted)
+        assert isinstance(stopped.coordinator.phase.error, RoundAborted)
+        assert "canary" in str(stopped.coordinator.phase.error)
+        return
+    for recipient, agreement in stopped.until(AggregateAgreement).items():
+        with pytest.raises(RoundAborted, match=f"{recipient}, AwaitingAgreement, .*canary"):
+            stopped.answers(recipient, agreement)
+        assert isinstance(stopped.participants[recipient].phase, Aborted)
+    stopped.collect()
     assert isinstance(stopped.coordinator.phase, Aborted)
-    assert isinstance(stopped.coordinator.phase.error, RoundAborted)
-    assert "canary" in str(stopped.coordinator.phase.error)
 
 
 def replace_digest(phase: object, message: MaskedInput) -> object:

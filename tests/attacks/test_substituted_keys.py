@@ -12,6 +12,7 @@ from secureagg.testing import CountingEntropy
 
 ENTROPY = CountingEntropy(b"attacker")
 replace = msgspec.structs.replace
+pytestmark = pytest.mark.usefixtures("backend")
 
 
 def relayed(stopped: StoppedRound) -> CohortKeys:

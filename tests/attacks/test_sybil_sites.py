@@ -11,6 +11,7 @@ from secureagg.messages import CohortKeys, KeyAdvertisement
 from secureagg.testing import CountingEntropy
 
 replace = msgspec.structs.replace
+pytestmark = pytest.mark.usefixtures("backend")
 
 
 def test_an_invented_site() -> None:

@@ -21,6 +21,7 @@ from secureagg.codec import encode
 from secureagg.messages import MaskedInput, SurvivorList, SurvivorSignature, UnmaskRequest, UnmaskShares
 
 replace = msgspec.structs.replace
+pytestmark = pytest.mark.usefixtures("backend")
 
 
 def lists(n: int = 4) -> tuple[StoppedRound, SurvivorList]:

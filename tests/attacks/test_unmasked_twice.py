@@ -5,7 +5,9 @@ from support.rounds import StoppedRound
 
 from secureagg import Participant, RoundReplayed, UnexpectedMessage
 from secureagg.messages import UnmaskRequest
-from secureagg.phases import Aborted, AwaitingReceipt
+from secureagg.phases import Aborted, AwaitingAggregate, AwaitingReceipt
+
+pytestmark = pytest.mark.usefixtures("backend")
 
 
 def test_a_second_request_to_the_same_machine() -> None:
@@ -14,7 +16,7 @@ def test_a_second_request_to_the_same_machine() -> None:
     site = stopped.sites[0]
     message = stopped.until(UnmaskRequest)[site]
     assert stopped.answers(site, message)
-    assert isinstance(stopped.participants[site].phase, AwaitingReceipt)
+    assert isinstance(stopped.participants[site].phase, AwaitingReceipt | AwaitingAggregate)
     with pytest.raises(UnexpectedMessage):
         stopped.answers(site, message)
 

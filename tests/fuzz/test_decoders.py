@@ -11,6 +11,7 @@ import struct
 import tracemalloc
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from importlib.util import find_spec
 from pathlib import Path
 
 import msgspec
@@ -45,12 +46,15 @@ Frames = list[bytes]
 
 def corpus() -> tuple[list[Frames], list[Frames]]:
     """What sites and coordinator sent in a round of 4 sites with a dropout, one of 17 without, one on the sparse graph,
-    and one that failed."""
+    two with the homomorphic backend, and one that failed."""
     from_site: list[Frames] = []
     from_coordinator: list[Frames] = []
     small = StoppedRound(4)
     small.silent[small.sites[3]] = MaskedInput
-    for stopped in (small, StoppedRound(17), StoppedRound(6, graph="sparse")):
+    rounds = [small, StoppedRound(17), StoppedRound(6, graph="sparse")]
+    if find_spec("tenseal"):
+        rounds += [StoppedRound(4, backend="homomorphic", release_to=whom) for whom in ("sites", "coordinator")]
+    for stopped in rounds:
         while stopped.pending:
             from_site += [encode(message) for _, message in stopped.pending]
             outbound = stopped.collect()
@@ -213,7 +217,10 @@ def test_the_corpus_decodes(decode: Callable[[Frames], object]) -> None:
     seeds = FROM_SITE if decode is decode_from_site else FROM_COORDINATOR
     messages = [decode(frames) for frames in seeds]
     assert [encode(message) for message in messages] == seeds
-    assert len({type(message) for message in messages}) == (8 if decode is decode_from_site else 11)
+    expected = 8 if decode is decode_from_site else 11
+    if find_spec("tenseal"):
+        expected += 4 if decode is decode_from_site else 3
+    assert len({type(message) for message in messages}) == expected
 
 
 @fuzz

@@ -35,7 +35,7 @@ NOTES = {"_note"}  # what a check calls that records a problem where it could ra
 CHECKS = {
     *("verify", "check_signature", "check_share", "check_share_commitments", "check_thresholds", "check"),
     *("_need", "begin", "answer", "agree", "check_filling", "check_neighbours", "check_drawn", "_check_statement"),
-    *("_check_inclusion", "_check", "_check_seal"),
+    *("_check_inclusion", "_check", "_check_seal", "_check_relayed", "_check_secrets", "check_fresh"),
 }
 
 

@@ -1,6 +1,6 @@
 """Whole rounds of random cohorts, weights and dropouts."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import pytest
@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from secureagg import RoundAborted
 from secureagg.parameters import default_threshold
-from secureagg.testing import PHASES, CountingEntropy, run_round
+from secureagg.testing import HOMOMORPHIC_PHASES, PHASES, CountingEntropy, RoundOutcome, run_round
 
 BEFORE_THE_INPUT = ("AdvertisingKeys", "SharingKeys", "CollectingMaskedInputs")
 
@@ -27,8 +27,8 @@ class Case:
 
 
 @st.composite
-def cases(draw: st.DrawFn) -> Case:
-    """Random arguments of a round, the edges of the range among them."""
+def cases(draw: st.DrawFn, phases: tuple[str, ...] = PHASES) -> Case:
+    """Random arguments of a round, the edges of the range among them; ``phases``: in which a site may fall silent."""
     n, length = draw(st.integers(3, 12)), draw(st.integers(1, 40))
     seed = draw(st.integers(0, 2**32 - 1))
     random = np.random.default_rng(seed)
@@ -40,11 +40,11 @@ def cases(draw: st.DrawFn) -> Case:
     weights = None
     if draw(st.booleans()):
         weights = {name: int(random.integers(0, 10_000)) for name in names}
-    dropouts = draw(st.dictionaries(st.sampled_from(names), st.sampled_from(PHASES), max_size=n))
+    dropouts = draw(st.dictionaries(st.sampled_from(names), st.sampled_from(phases), max_size=n))
     return Case(updates, value_range, draw(st.integers(2, 32)), weights, dropouts, seed)
 
 
-def check(case: Case) -> None:
+def check(case: Case, **backend: str) -> RoundOutcome | None:
     """The survivors' exact sum and their mean within one step, or RoundAborted when too few are left."""
     n, needed = len(case.updates), default_threshold(len(case.updates))
     survivors = {name for name in case.updates if case.dropouts.get(name) not in BEFORE_THE_INPUT}
@@ -57,11 +57,12 @@ def check(case: Case) -> None:
             weights=case.weights,
             dropouts=case.dropouts,
             entropy=CountingEntropy(case.seed),
+            **backend,
         )
     except RoundAborted:
         weighted_to_nothing = case.weights is not None and not any(case.weights[name] for name in survivors)
         assert not enough or weighted_to_nothing
-        return
+        return None
     assert enough
     assert set(outcome.survivors) == survivors
     np.testing.assert_array_equal(outcome.total, sum(outcome.encoded.values()))
@@ -69,6 +70,7 @@ def check(case: Case) -> None:
     mean = sum(weights[name] * case.updates[name] for name in survivors) / sum(weights[name] for name in survivors)
     step = case.value_range / (2 ** (case.value_bits - 1) - 1)
     assert (np.abs(outcome.aggregate - mean) <= step * (1 + 1e-9) + 1e-12 * case.value_range).all()
+    return outcome
 
 
 @given(cases())
@@ -77,6 +79,21 @@ def test_a_round_yields_the_survivors_sum_or_nothing(case: Case) -> None:
     """At or above the threshold the aggregate is the survivors' weighted mean within one quantisation step and the
     total their exact integer sum; below it nothing is released."""
     check(case)
+
+
+@given(cases(HOMOMORPHIC_PHASES), st.sampled_from(["sites", "coordinator"]))
+@settings(max_examples=30, deadline=None)
+def test_the_backends_give_the_same(case: Case, release_to: str) -> None:
+    """With the homomorphic backend, whoever is given the sum and whenever sites fall silent, the integers of the total
+    are those of the masked backend, in which a site that would be silent while the sum is opened has done its part."""
+    pytest.importorskip("tenseal")
+    outcome = check(case, backend="homomorphic", release_to=release_to)
+    earlier = {site: phase for site, phase in case.dropouts.items() if phase in PHASES}
+    if outcome is not None:
+        masked = check(replace(case, dropouts=earlier))
+        assert masked.survivors == outcome.survivors
+        np.testing.assert_array_equal(masked.total, outcome.total)
+        np.testing.assert_array_equal(masked.aggregate, outcome.aggregate)
 
 
 @pytest.mark.parametrize("sites", [20, 50, 100])

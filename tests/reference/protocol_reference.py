@@ -204,6 +204,7 @@ class Round:
     """All that both sides must agree on.  ``own_lanes``: without canary, weight and clip counts; ``cohort``: sorted.
 
     On the sparse graph ``neighbours`` is k, and ``max_dropouts`` the d that both are made for; no byte depends on it.
+    ``release_to``: with the homomorphic backend, who is given the sum.
     """
 
     consortium: str
@@ -219,6 +220,7 @@ class Round:
     max_weight: int | None = None
     neighbours: int | None = None
     max_dropouts: int | None = None
+    release_to: str | None = None
 
     @cached_property
     def lanes(self) -> tuple[Lane, ...]:
@@ -267,6 +269,8 @@ class Round:
                     encoding = b"counts" + int64le(maximum)
             shape = int64le(lane.length) + int64le(self.bits(lane)) + bytes([lane.weighted])
             parts += [lane.name.encode(), shape, encoding]
+        if self.release_to is not None:
+            parts += [b"homomorphic", self.release_to.encode()]
         return digest("parameters", *parts)
 
     @cached_property

@@ -340,12 +340,14 @@ def test_another_format_of_a_sum_is_noticed_at_once(monkeypatch: pytest.MonkeyPa
         return expected if coefficients == SLOTS else expected[:-1] + b"\x01"
 
     monkeypatch.setattr(Bfv, "_around", other)
+    monkeypatch.setattr(homomorphic, "_CHECKED", {})
     with pytest.raises(LocalProtocolError, match="another format of a summed"):
         Bfv(BITS)
 
 
 def test_a_seal_that_adds_wrongly_is_noticed_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     """A scheme is usable only after a sum of two ciphertexts has decrypted to the sum."""
+    monkeypatch.setattr(homomorphic, "_CHECKED", {})
     monkeypatch.setattr(SecretKey, "decrypt", lambda *_, **__: np.zeros(SLOTS, np.uint64))
     with pytest.raises(LocalProtocolError, match="does not decrypt to the sum"):
         Bfv(BITS)
@@ -364,6 +366,7 @@ def test_a_rounds_key_is_bound_to_its_context() -> None:
 def test_another_format_of_seal_is_noticed_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     """A SEAL that writes something else than expected is refused when the scheme is built, and no site is blamed."""
     monkeypatch.setattr(homomorphic, "_BLAKE2XB", b"\x02")
+    monkeypatch.setattr(homomorphic, "_CHECKED", {})
     with pytest.raises(LocalProtocolError, match="SEAL: another format"):
         Bfv(BITS)
 

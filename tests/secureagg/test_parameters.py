@@ -16,6 +16,7 @@ from secureagg.parameters import (
     default_threshold,
     largest_max_corrupt,
 )
+from secureagg.slots import FRESH_BYTES
 from secureagg.testing import CountingEntropy
 
 
@@ -75,6 +76,8 @@ OTHER = Identity.generate(CountingEntropy(99))
         {"threshold": 4},
         {"max_corrupt": 0},
         {"minimum_survivors": 4},
+        {"backend": "homomorphic"},
+        {"backend": "homomorphic", "release_to": "coordinator"},
         {"lanes": [UPDATE]},
         {"lanes": [UPDATE, Lane(name="histogram", length=4, encoding=Counts(maximum=101))]},
         {"lanes": [UPDATE, Lane(name="histogram", length=5, encoding=Counts(maximum=100))]},
@@ -110,6 +113,10 @@ def test_the_context_is_the_same_for_the_same_round() -> None:
         ({"round_number": 0}, "round number: found 0"),
         ({"model_digest": b"short"}, "model digest: 5 bytes"),
         ({"max_weight": 0}, "max_weight: found 0"),
+        ({"backend": "clear"}, "backend: found 'clear', expected one of masked, homomorphic"),
+        ({"release_to": "all"}, "release_to: found 'all', expected one of coordinator, sites"),
+        ({"release_to": "sites"}, "release_to: found sites with the masked backend, expected the homomorphic one"),
+        ({"backend": "homomorphic", "graph": "sparse"}, "graph: found sparse with the homomorphic backend"),
         ({"max_weight": None}, "weighted, but the round has no max_weight"),
         ({"lanes": []}, "lanes: found none"),
         ({"lanes": [UPDATE, UPDATE]}, "names repeat"),
@@ -122,6 +129,29 @@ def test_impossible_rounds_are_refused(change: dict[str, object], text: str) -> 
     """Each impossible round is refused before anything is sent, with what was found."""
     with pytest.raises(ParameterError, match=text):
         RoundParameters.create(**{**StoppedRound(4).options, **change})
+
+
+def test_who_is_given_the_sum() -> None:
+    """The coordinator with the masked backend; with the homomorphic one the sites, and the coordinator if it is said.
+    These are three contexts, so nobody can be talked into another release than its own manifest has."""
+    made = [
+        RoundParameters.create(**{**StoppedRound(4).options, **options})
+        for options in (
+            {"backend": "masked"},
+            {"backend": "homomorphic"},
+            {"backend": "homomorphic", "release_to": "coordinator"},
+        )
+    ]
+    assert [parameters.release_to for parameters in made] == ["coordinator", "sites", "coordinator"]
+    assert len({parameters.context for parameters in made}) == 3
+
+
+def test_homomorphic_rounds_run_on_the_complete_graph() -> None:
+    """A cohort that would get the sparse graph gets the complete one; its input is as long as its ciphertexts."""
+    made = RoundParameters.create(**{**StoppedRound(101, lanes=[UPDATE]).options, "backend": "homomorphic"})
+    assert made.neighbours is None
+    assert made.threshold == default_threshold(101)
+    assert made.input_bytes == 32_832 == made.slot_layout.ciphertexts * FRESH_BYTES
 
 
 @pytest.mark.parametrize(

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from secureagg import ParameterError, RoundAborted, RoundReplayed, ShapeMismatch, ThresholdNotMet, ValueOutOfRange
-from secureagg.testing import PHASES, CountingEntropy, MemoryJournal, run_round
+from secureagg.testing import HOMOMORPHIC_PHASES, PHASES, CountingEntropy, MemoryJournal, run_round
 
 UPDATES = {name: np.full(1000, value) for name, value in zip("abcd", (0.1, 0.2, 0.3, 0.9), strict=True)}
 
@@ -39,6 +39,38 @@ def test_too_many_dropouts_release_nothing(phase: str) -> None:
     """Below the threshold the round is aborted, whatever the phase."""
     with pytest.raises(ThresholdNotMet, match=f"coordinator, {phase}: 2 of 4"):
         run_round(UPDATES, value_range=1.0, dropouts={"c": phase, "d": phase})
+
+
+@pytest.mark.parametrize("release_to", ["sites", "coordinator"])
+@pytest.mark.parametrize("phase", HOMOMORPHIC_PHASES)
+def test_a_dropout_in_each_phase_of_a_homomorphic_round(phase: str, release_to: str) -> None:
+    """The same with the homomorphic backend, for the first site too, of whose secret the key is made; and one site too
+    few in any phase releases nothing to anybody."""
+    pytest.importorskip("tenseal")
+    options = {"value_range": 1.0, "backend": "homomorphic", "release_to": release_to}
+    for gone in "ad":
+        outcome = run_round(UPDATES, **options, dropouts={gone: phase})
+        sent = phase not in PHASES[:3]
+        assert outcome.survivors == tuple(site for site in "abcd" if sent or site != gone)
+        np.testing.assert_array_equal(outcome.total, sum(outcome.encoded.values()))
+    with pytest.raises(ThresholdNotMet, match=f"coordinator, {phase}: 2 of 4"):
+        run_round(UPDATES, **options, dropouts={"c": phase, "d": phase})
+
+
+@pytest.mark.parametrize("weights", [None, {"a": 0, "b": 3, "c": 1, "d": 1_000_000}])
+@pytest.mark.parametrize("length", [1, 8191, 20_000])
+def test_the_backends_agree(length: int, weights: dict[str, int] | None) -> None:
+    """For one value and for many ciphertexts, weighted or not, both backends give the same integers and means; a site
+    sends seven messages in place of five."""
+    pytest.importorskip("tenseal")
+    updates = {name: np.linspace(-1, value[0], length) for name, value in UPDATES.items()}
+    masked, homomorphic = (
+        run_round(updates, value_range=1.0, weights=weights, backend=backend, entropy=CountingEntropy(3))
+        for backend in ("masked", "homomorphic")
+    )
+    np.testing.assert_array_equal(masked.total, homomorphic.total)
+    np.testing.assert_array_equal(masked.aggregate, homomorphic.aggregate)
+    assert [len(outcome.transcript["a"]) for outcome in (masked, homomorphic)] == [5, 7]
 
 
 def test_same_entropy_same_round() -> None:

@@ -1,6 +1,8 @@
 """One round of real machines that a test can stop between any two messages, to lie in the coordinator's place."""
 
+import dataclasses
 from collections.abc import Collection, Mapping
+from typing import ClassVar
 
 import numpy as np
 
@@ -19,11 +21,13 @@ from secureagg import (
 )
 from secureagg.codec import decode_from_coordinator, decode_from_site, encode
 from secureagg.messages import ToCoordinator, ToSite
-from secureagg.phases import Aborted
+from secureagg.parameters import Backend
+from secureagg.phases import Aborted, Aggregate, AwaitingReceipt, CoordinatorFinished, ParticipantFinished
 from secureagg.testing import CountingEntropy, MemoryJournal
 
 UPDATE = Lane(name="update", length=5, encoding=FixedPoint(value_range=1.0), weighted=True)
 HISTOGRAM = Lane(name="histogram", length=4, encoding=Counts(maximum=100))
+_OPENED = AwaitingReceipt | ParticipantFinished
 
 
 def names(count: int) -> list[SiteId]:
@@ -37,14 +41,18 @@ class StoppedRound:
     ``until(Message)`` runs honestly up to that message of the coordinator and returns it undelivered, per recipient;
     ``deliver`` hands messages to the sites.
 
-    ``change_for``: per site, keyword arguments of RoundParameters.create that differ for this site.
+    ``length``: of the update; ``change_for``: per site, keyword arguments of RoundParameters.create that differ for
+    this site.  ``backend``: of all rounds for which ``options`` name none.
     """
+
+    backend: ClassVar[Backend] = "masked"
 
     def __init__(
         self,
         n: int = 4,
         *,
         seed: int = 0,
+        length: int = UPDATE.length,
         silent: Mapping[SiteId, type] | None = None,
         identities: Mapping[SiteId, Identity] | None = None,
         change_for: Mapping[SiteId, Mapping[str, object]] | None = None,
@@ -60,16 +68,17 @@ class StoppedRound:
             "round_number": 1,
             "roster": self.roster,
             "cohort": self.sites,
-            "lanes": [UPDATE, HISTOGRAM],
+            "lanes": [dataclasses.replace(UPDATE, length=length), HISTOGRAM],
             "model_digest": bytes(32),
             "max_weight": 10,
+            "backend": self.backend,
             **options,
         }
         self.parameters = RoundParameters.create(**self.options)  # type: ignore[arg-type]
         self.coordinator = Coordinator(parameters=self.parameters)
         self.journals = {site: MemoryJournal() for site in self.sites}
         self.values = {
-            site: {"update": np.linspace(-1, 1, 5) * (index + 1) / n, "histogram": np.arange(4) + index}
+            site: {"update": np.linspace(-1, 1, length) * (index + 1) / n, "histogram": np.arange(4) + index}
             for index, site in enumerate(self.sites)
         }
         self.weights = {site: 1 + index % 10 for index, site in enumerate(self.sites)}
@@ -129,3 +138,25 @@ class StoppedRound:
         """Run honestly to the end."""
         while self.pending:
             self.deliver(self.collect())
+
+    @property
+    def aggregate(self) -> Aggregate:
+        """What the round released: to the coordinator, or to the sites if it is for them only."""
+        phase = self.coordinator.phase
+        assert isinstance(phase, CoordinatorFinished)
+        opened = [one.phase.aggregate for one in self.participants.values() if isinstance(one.phase, _OPENED)]
+        return next(aggregate for aggregate in [phase.aggregate, *filter(None, opened)] if aggregate.totals)
+
+    def check_sum(self, survivors: Collection[SiteId]) -> None:
+        """What the round released, to whomever, is exactly the sum of these sites in every lane."""
+        finished = [self.coordinator, *self.participants.values()]
+        phases = [machine.phase for machine in finished]
+        assert isinstance(phases[0], CoordinatorFinished)
+        released = [phase.aggregate for phase in phases if isinstance(phase, CoordinatorFinished | _OPENED)]
+        for aggregate in filter(None, released):
+            assert aggregate.survivors == tuple(survivors)
+            for name in aggregate.totals:
+                lane = self.parameters.lanes[name]
+                expected = sum(lane.lift(self.inputs[site].vectors[name]) for site in survivors)
+                np.testing.assert_array_equal(aggregate.totals[name], expected)
+        assert self.aggregate.totals.keys() == self.parameters.lanes.keys()

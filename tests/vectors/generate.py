@@ -12,6 +12,7 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
+from reference import homomorphic_reference as slots
 from reference import protocol_reference as plain
 
 HERE = Path(__file__).parent / "v1"
@@ -47,6 +48,7 @@ def files() -> dict[str, str]:
         "round_sparse": whole_round(*sparse),
         "hostile": hostile(three),
         "hostile_sparse": hostile_sparse(sparse),
+        "homomorphic": homomorphic(),
     }
     return {f"{name}.json": json.dumps(as_json(item), indent=1) + "\n" for name, item in contents.items()}
 
@@ -146,6 +148,7 @@ def spec_json(spec: plain.Round) -> dict[str, Any]:
         "parameters": spec.parameters,
         "context": spec.context,
         **({} if spec.neighbours is None else {"neighbours": spec.neighbours, "max_dropouts": spec.max_dropouts}),
+        **({} if spec.release_to is None else {"release_to": spec.release_to}),
     }
 
 
@@ -281,6 +284,56 @@ def commitments() -> dict[str, Any]:
             }
             for owner, holder in (("a", "b"), ("b", "a"), ("a", "a"))
         ],
+    }
+
+
+# --- the homomorphic backend, without what SEAL draws ---
+
+
+def homomorphic() -> dict[str, Any]:
+    """Contexts, secrets and digests of homomorphic rounds; inputs as slots, before and under masks, and their sum."""
+    own_lanes = (
+        plain.Lane("histogram", 7, plain.Counts(100)),
+        plain.Lane("large", 2, plain.Counts(2**50)),  # wider than a slot
+        plain.Lane("update", 5, plain.FixedPoint(1.0), weighted=True),
+    )
+    spec = spec_of(4, max_weight=10, own_lanes=own_lanes, release_to="sites")
+    entropy = plain.counting_entropy(b"homomorphic")
+    secret, masks = entropy(32), [(entropy(32), 1), (entropy(32), -1)]
+    end = sum(place.slots for place in slots.layout(spec))
+    inputs, totals = [], [0] * end
+    for number, name in enumerate(spec.cohort):
+        values = {
+            "histogram": [number * 20 + at for at in range(7)],
+            "large": [2**50, number],
+            "update": [(-1) ** at * (number + 1) / 4 for at in range(5)],
+        }
+        elements = plain.encode_input(spec, values, 10 - number, entropy)
+        bare = slots.slots_of(spec, elements)
+        inputs.append(
+            {
+                "site": name,
+                "elements": elements,
+                "slots": bare[:end],
+                "masked": slots.add_masks(spec, bare, masks)[:end],
+                "secret_commitment": slots.secret_commitment(spec.context, name, secret),
+            }
+        )
+        totals = [total + slot for total, slot in zip(totals, bare, strict=False)]
+    opened = slots.totals_of(spec, totals, 4)
+    key = slots.digest_key(spec.roster, spec.context, secret)
+    sizes = (3, 4, 31, 32, 100, 340, 341, 1000)
+    return {
+        "rounds": [spec_json(replace(spec, release_to=whom)) for whom in ("sites", "coordinator")],
+        "slot_bits": [{"cohort_size": n, "bits": slots.slot_bits(n)} for n in sizes],
+        "secret": secret,
+        "key_seed": slots.key_seed(spec.roster, spec.context, secret),
+        "digest_key": key,
+        "masks": [{"key": mask, "sign": sign} for mask, sign in masks],
+        "inputs": inputs,
+        "sum": totals,
+        "totals": opened,
+        "aggregate_digest": slots.aggregate_digest(spec, key, opened),
     }
 
 

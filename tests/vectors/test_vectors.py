@@ -22,11 +22,21 @@ from secureagg import (
     RoundParameters,
     SiteId,
 )
-from secureagg.agreement import KeyPair, open_shares, pairwise_mask_key, seal_shares, self_mask_key
+from secureagg.aggregate import aggregate_of
+from secureagg.agreement import (
+    KeyPair,
+    digest_key,
+    encryption_key_seed,
+    open_shares,
+    pairwise_mask_key,
+    seal_shares,
+    self_mask_key,
+)
 from secureagg.codec import decode_from_coordinator, decode_from_site, encode
-from secureagg.commitments import check_share_commitments, seed_commitment, share_commitments
+from secureagg.commitments import check_share_commitments, secret_commitment, seed_commitment, share_commitments
 from secureagg.encoding import encode_input
 from secureagg.errors import AuthenticationFailed, MalformedMessage, SecureAggregationError
+from secureagg.homomorphic import mask_slots
 from secureagg.keystream import Keystream
 from secureagg.labels import VERSION
 from secureagg.lanes import RingLane
@@ -34,6 +44,7 @@ from secureagg.masking import apply_masks
 from secureagg.packing import add_packed, check_packed, pack
 from secureagg.phases import Aborted, CoordinatorFinished, ParticipantFinished
 from secureagg.shamir import PRIME, check_share, lagrange_coefficients, reconstruct, share
+from secureagg.slots import SLOTS, slot_bits
 from secureagg.testing import MemoryJournal
 
 FILES = Path(__file__).parent / "v1"
@@ -115,6 +126,8 @@ def parameters_of(item: dict[str, Any]) -> RoundParameters:
         max_corrupt=item["max_corrupt"],
         minimum_survivors=item["minimum_survivors"],
         graph="sparse" if sparse else "complete",
+        backend="homomorphic" if "release_to" in item else "masked",
+        release_to=item.get("release_to"),
         max_dropouts=item.get("max_dropouts"),
     )
     assert (parameters.neighbours, parameters.threshold) == (item.get("neighbours"), item["threshold"])
@@ -274,6 +287,38 @@ def test_commitments() -> None:
         check_share_commitments(parameters, committed, **ends, **given, who="test")
         with pytest.raises(AuthenticationFailed):
             check_share_commitments(parameters, committed, owner="z", holder=item["holder"], **given, who="test")
+
+
+def test_homomorphic_rounds() -> None:
+    """Contexts, commitments, keys and the keyed digest are as given; inputs become the slots as given, under masks too,
+    and the slots of the sum are its totals."""
+    known = load("homomorphic.json")
+    for item in known["slot_bits"]:
+        assert slot_bits(item["cohort_size"]) == item["bits"]
+    made = [parameters_of(item) for item in known["rounds"]]
+    for parameters, item in zip(made, known["rounds"], strict=True):
+        assert (parameters.digest, parameters.context) == (raw(item["parameters"]), raw(item["context"]))
+    parameters, secret = made[0], raw(known["secret"])
+    assert encryption_key_seed(parameters, secret) == raw(known["key_seed"])
+    assert digest_key(parameters, secret) == raw(known["digest_key"])
+    layout, masks = parameters.slot_layout, [(raw(mask["key"]), mask["sign"]) for mask in known["masks"]]
+    end = len(known["sum"])
+    for item in known["inputs"]:
+        assert secret_commitment(parameters, item["site"], secret) == raw(item["secret_commitment"])
+        vectors = {name: np.array(item["elements"][name], lane.word) for name, lane in parameters.lanes.items()}
+        slots = layout.slots_of(vectors, range(1))
+        assert slots[:end].tolist() == item["slots"]
+        assert not slots[end:].any()
+        mask_slots(layout, slots, masks, range(1))
+        assert slots[:end].tolist() == item["masked"]
+    sums = layout.empty_sums()
+    layout.take_sums(np.pad(np.array(known["sum"], np.uint64), (0, SLOTS - end)), range(1), sums)
+    totals = layout.totals(sums, survivors=4)
+    assert {name: total.tolist() for name, total in totals.items()} == known["totals"]
+    aggregate = aggregate_of(
+        parameters, totals, survivors=parameters.cohort, digest_key=raw(known["digest_key"]), who="test"
+    )
+    assert aggregate.digest == raw(known["aggregate_digest"])
 
 
 @pytest.mark.parametrize("bits", [8, 16, 32, 64])
