@@ -308,7 +308,7 @@ def _write(
     owners: list[bytes] = []
     values: list[tuple[float, ...]] = []
     done = 0
-    tasks = ((one, one.task(plan, limits), limits.seconds * len(one.images)) for one in samples)
+    tasks = ((one, one.task(plan, limits), limits.seconds * (1 + len(one.images) / 32)) for one in samples)
     with open(folder / FEATURES_FILE, "xb", opener=_private) as file:
         start = _write_header(file, (expected, *plan.example_shape))
         for sample, answer in pool.run(tasks):
