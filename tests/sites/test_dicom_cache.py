@@ -10,6 +10,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from support.broken_decoder import CRASHING_ROWS, HANGING_ROWS, LYING_ROWS
 from support.dicom_files import image, save, slices
 from torch import nn
 
@@ -31,7 +32,6 @@ from sites.datasets.dicom import (
 from sites.datasets.dicom.cache import PARTS, part_of, planned
 from sites.datasets.dicom.workers import Workers
 from sites.errors import DatasetError
-from support.broken_decoder import CRASHING_ROWS, HANGING_ROWS, LYING_ROWS
 
 PLAN = ImagePlan(shape=(8, 8), held_out=0.0)
 FINDING = Target("finding", "classification", ("no", "yes"))
@@ -65,7 +65,7 @@ def test_a_decoder_may_crash_hang_or_lie(tmp_path: Path) -> None:
         pixels = np.zeros((rows, 8), np.uint8)
         save(image(pixels, number=number, series=90, patient="B"), tmp_path / "images" / f"broken{number}")
     with Workers(2, program=(sys.executable, "-m", "support.broken_decoder")) as pool:
-        index = indexed(tmp_path, pool, limits=Limits(seconds=2.0))
+        index = indexed(tmp_path, pool, limits=Limits(seconds=4.0))
         assert not index.refused
         card = build_cache(index, PLAN, tmp_path / "cache", workers=pool)
     assert card.refused == {Reason.CRASHED.value: 2, Reason.TIMED_OUT.value: 1}
@@ -379,7 +379,9 @@ def test_missing_targets_add_nothing(seed: int, rows: int, missing: float) -> No
     generator = np.random.default_rng(seed)
     loss = TargetLoss(SEVERAL)
     outputs = torch.tensor(generator.normal(size=(rows, loss.outputs)), requires_grad=True)
-    values = np.stack([generator.integers(0, 2, rows), *generator.integers(0, 3, (2, rows)), generator.normal(size=rows)])
+    values = np.stack(
+        [generator.integers(0, 2, rows), *generator.integers(0, 3, (2, rows)), generator.normal(size=rows)]
+    )
     known = generator.random(values.shape) >= missing
     targets = torch.tensor(np.where(known, values, np.nan).T)
     whole = loss(outputs, targets)

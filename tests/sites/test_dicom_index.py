@@ -189,7 +189,9 @@ def test_every_shipped_file_is_an_image_or_has_a_reason(workers: Workers, tmp_pa
     assert index.files == len(files) == len(index.images) + index.refused.total() > 150
     plan = ImagePlan(shape=(16, 16))
     headers = workers.run((file, ReadHeaders([os.fsencode(file)], KEEP_ALL), 60) for file in files)
-    images = [(file, range(one.header.frames)) for file, answer in headers for one in answer.found if isinstance(one, Found)]
+    images = [
+        (file, range(one.header.frames)) for file, answer in headers for one in answer.found if isinstance(one, Found)
+    ]
     tasks = ((file, MakeImages([(os.fsencode(file), list(frames))], plan, KEEP_ALL), 60) for file, frames in images)
     decoders, failed = Counter(), {}
     for file, answer in workers.run(tasks):
@@ -382,8 +384,14 @@ def test_descriptors_are_bands(workers: Workers, tmp_path: Path) -> None:
         tmp_path / "images" / "a",
     )
     save(
-        image(number=2, Manufacturer="Jane Doe", Modality="DOE", PatientSex="J", PatientBirthDate="19800418",
-              StudyDate="20230417"),
+        image(
+            number=2,
+            Manufacturer="Jane Doe",
+            Modality="DOE",
+            PatientSex="J",
+            PatientBirthDate="19800418",
+            StudyDate="20230417",
+        ),
         tmp_path / "images" / "b",
     )
     index = index_folder(tmp_path / "images", tmp_path / "state", workers=workers)
@@ -399,7 +407,10 @@ def test_descriptors_are_bands(workers: Workers, tmp_path: Path) -> None:
 def test_a_worker_that_does_not_start_is_no_broken_file(tmp_path: Path) -> None:
     """An installation that cannot read anything is an error, not a folder of broken files."""
     save(image(), tmp_path / "images" / "a")
-    with Workers(1, program=(sys.executable, "-c", "raise SystemExit")) as pool, pytest.raises(DatasetError, match="start"):
+    with (
+        Workers(1, program=(sys.executable, "-c", "raise SystemExit")) as pool,
+        pytest.raises(DatasetError, match="start"),
+    ):
         index_folder(tmp_path / "images", tmp_path / "state", workers=pool)
 
 
@@ -424,4 +435,4 @@ def test_planning_counts_everything(workers: Workers, tmp_path: Path) -> None:
 def test_shipped_names_are_those_of_the_package() -> None:
     """The folder that is tested is the one pydicom names, without what it would download."""
     named = {Path(path) for path in pydicom.data.get_testdata_files() if Path(path).is_relative_to(SHIPPED)}
-    assert {path for path in SHIPPED.rglob("*.dcm")} <= named
+    assert set(SHIPPED.rglob("*.dcm")) <= named

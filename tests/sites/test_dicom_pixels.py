@@ -14,7 +14,7 @@ from support.dicom_files import image, save, slices
 
 from sites.datasets.dicom.headers import read_header
 from sites.datasets.dicom.pixels import PLUGIN_OF, make_images
-from sites.datasets.dicom.records import Found, Images, ImagePlan, Limits, MakeImages, Reason, Refused, evenly_spaced
+from sites.datasets.dicom.records import Found, ImagePlan, Images, Limits, MakeImages, Reason, Refused, evenly_spaced
 
 PLAN = ImagePlan(shape=(8, 8))
 LIMITS = Limits()
@@ -78,9 +78,7 @@ def test_signed_pixels_are_signed(tmp_path: Path) -> None:
     """A CT stored as signed numbers keeps its sign."""
     stored = ramp(least=-200, step=10).astype(np.int16)
     plan = ImagePlan(shape=(8, 8), hu_centre=0, hu_width=1000)
-    np.testing.assert_allclose(
-        made(image(stored, modality="CT"), tmp_path, plan)[0], (stored + 500) / 1000, atol=1e-5
-    )
+    np.testing.assert_allclose(made(image(stored, modality="CT"), tmp_path, plan)[0], (stored + 500) / 1000, atol=1e-5)
 
 
 def test_constants_of_the_plan_come_last(tmp_path: Path) -> None:
@@ -242,10 +240,12 @@ def test_refusals_before_and_after_decoding(tmp_path: Path) -> None:
 
 
 def test_colour_becomes_luma_or_three_channels(tmp_path: Path) -> None:
-    """A colour image gives its luma, or red, green and blue; a grey one in three channels gives three times the same."""
+    """A colour image gives its luma, or red, green and blue; a grey one gives three channels that are the same."""
     pixels = np.zeros((8, 8, 3), np.uint8)
     pixels[..., 0] = 255
-    dataset = image(np.zeros((8, 8), np.uint8), PhotometricInterpretation="RGB", SamplesPerPixel=3, PlanarConfiguration=0)
+    dataset = image(
+        np.zeros((8, 8), np.uint8), PhotometricInterpretation="RGB", SamplesPerPixel=3, PlanarConfiguration=0
+    )
     dataset.PixelData = pixels.tobytes()
     np.testing.assert_allclose(made(dataset, tmp_path), 0.299, atol=1e-6)
     three = made(dataset, tmp_path, ImagePlan(shape=(8, 8), channels=3))

@@ -8,7 +8,13 @@ import numpy.typing as npt
 import pydicom.data
 from pydicom import Dataset
 from pydicom.dataset import FileMetaDataset
-from pydicom.uid import CTImageStorage, DigitalXRayImageStorageForPresentation, ExplicitVRLittleEndian, MRImageStorage, UID
+from pydicom.uid import (
+    UID,
+    CTImageStorage,
+    DigitalXRayImageStorageForPresentation,
+    ExplicitVRLittleEndian,
+    MRImageStorage,
+)
 
 SHIPPED = Path(pydicom.data.__file__).parent / "test_files"
 SOP_CLASSES = {"CT": CTImageStorage, "DX": DigitalXRayImageStorageForPresentation, "MR": MRImageStorage}
