@@ -2,6 +2,7 @@
 
 import gzip
 import os
+import re
 import shutil
 import sqlite3
 import stat
@@ -436,3 +437,10 @@ def test_shipped_names_are_those_of_the_package() -> None:
     """The folder that is tested is the one pydicom names, without what it would download."""
     named = {Path(path) for path in pydicom.data.get_testdata_files() if Path(path).is_relative_to(SHIPPED)}
     assert set(SHIPPED.rglob("*.dcm")) <= named
+
+
+def test_the_document_explains_every_reason() -> None:
+    """A data manager finds each reason that a summary can name in the document, and no other."""
+    text = (Path(__file__).parents[2] / "docs" / "dicom.md").read_text()
+    named = re.findall(r"^\| ([^|]+?) \|", text[text.index("## What is refused") :], re.MULTILINE)
+    assert [name for name in named if name not in {"reason", "---"}] == [reason.value for reason in Reason]
