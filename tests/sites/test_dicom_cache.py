@@ -30,6 +30,7 @@ from sites.datasets.dicom import (
     load_labels,
 )
 from sites.datasets.dicom.cache import PARTS, part_of, planned
+from sites.datasets.dicom.records import Images, MakeImages
 from sites.datasets.dicom.workers import Workers
 from sites.errors import DatasetError
 
@@ -72,6 +73,21 @@ def test_a_decoder_may_crash_hang_or_lie(tmp_path: Path) -> None:
     assert card.rows["train"] == 12
     data = ImageDataset(tmp_path / "cache")
     assert sorted((data.features[:, 0, 0, 0] * 255 - 10).round().tolist()) == list(range(12))
+
+
+def test_whoever_stops_does_not_wait_for_a_decoder(tmp_path: Path) -> None:
+    """Whoever stops listening has the workers back at once though decoders hang, and these go on with other tasks."""
+    people(tmp_path, {"A": 1})
+    save(image(np.zeros((HANGING_ROWS, 8), np.uint8), number=9, series=9), tmp_path / "images" / "hanging")
+    with Workers(2, program=(sys.executable, "-m", "support.broken_decoder")) as pool:
+        index = indexed(tmp_path, pool)
+        whole, hanging = sorted(index.images, key=lambda one: one.header.rows)
+        hours = 1e4
+        tasks = [(one, MakeImages([(one.path, [0])], PLAN, Limits()), hours) for one in [whole, *[hanging] * 20]]
+        for _ in range(2):
+            answers = pool.run(tasks)
+            assert isinstance(next(answers)[1], Images)
+            answers.close()
 
 
 def test_rows_go_with_their_patients(workers: Workers, tmp_path: Path) -> None:
@@ -371,7 +387,7 @@ def test_the_loss_of_several_targets() -> None:
         loss(outputs[:, :3], torch.tensor([[1.0, 1.0, 1.0, 4.0]]))
 
 
-@settings(deadline=None)
+@settings(max_examples=30, deadline=None)
 @given(seed=st.integers(0, 2**32 - 1), rows=st.integers(1, 6), missing=st.floats(0, 1))
 def test_missing_targets_add_nothing(seed: int, rows: int, missing: float) -> None:
     """A loss is the sum over rows of each row's loss alone, a missing target changes neither value nor gradient of the

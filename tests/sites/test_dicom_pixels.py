@@ -149,10 +149,13 @@ def test_a_sigmoid_is_a_sigmoid(tmp_path: Path) -> None:
     np.testing.assert_allclose(found, 1 / (1 + np.exp((32.0 - stored) / 4)), atol=1e-4)
 
 
-def test_x_rays_without_a_window_span_their_bits(tmp_path: Path) -> None:
-    """Without window and table the whole range of the stored bits is [0, 1]: no site's statistics are in it."""
+@pytest.mark.parametrize("window", [{}, {"WindowCenter": "", "WindowWidth": ""}])
+def test_x_rays_without_a_window_span_their_bits(window: dict[str, str], tmp_path: Path) -> None:
+    """Without window and table, or with blank ones, the whole range of the stored bits is [0, 1]: no site's statistics
+    are in it."""
     stored = ramp().astype(np.uint16)
-    np.testing.assert_allclose(made(image(stored, BitsStored=12, HighBit=11), tmp_path)[0], stored / 4095, atol=1e-6)
+    found = made(image(stored, BitsStored=12, HighBit=11, **window), tmp_path)
+    np.testing.assert_allclose(found[0], stored / 4095, atol=1e-6)
 
 
 @settings(max_examples=25, deadline=None)

@@ -1,4 +1,5 @@
-"""The worker, but for files that bring its decoder to a crash, or to a loop: `python -m support.broken_decoder`."""
+"""The worker, but its decoder is talkative, and some files bring it to a crash or a loop:
+`python -m support.broken_decoder`."""
 
 import os
 import time
@@ -10,6 +11,8 @@ _decoded = pixels._decoded
 
 
 def _broken(dataset, frames):
+    for output in (1, 2):
+        os.write(output, f"decoding {dataset.get('PatientName')}\n".encode())
     if dataset.Rows == CRASHING_ROWS:
         os.abort()
     while dataset.Rows == HANGING_ROWS:

@@ -18,6 +18,7 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 from pydicom import Dataset, config, dcmread
+from pydicom.multival import MultiValue
 from pydicom.pixels.decoders.base import get_decoder
 from pydicom.pixels.processing import apply_color_lut, apply_modality_lut, apply_voi, apply_windowing
 from pydicom.pixels.utils import iter_pixels
@@ -164,7 +165,7 @@ def shown(values: Floats, padding: Mask, attributes: Dataset, plan: ImagePlan) -
     """Slices (n, rows, columns[, 3]) in [0, 1], windowed and as they are meant to be seen; padding is 0."""
     if values.ndim == 4:
         return values
-    modality = str(attributes.get("Modality", ""))
+    modality = str(attributes.get("Modality", "")).strip().upper()
     if modality == "CT":
         seen = _windowed(values, plan.hu_centre, plan.hu_width, "LINEAR_EXACT")
     elif modality in _SEEN_THROUGH_VOI:
@@ -194,16 +195,19 @@ def _through_voi(values: Floats, attributes: Dataset) -> Floats:
     if attributes.get("VOILUTSequence"):
         seen = apply_voi(np.rint(values).astype(np.int64), attributes)
         return _share(seen, int(attributes.VOILUTSequence[0].LUTDescriptor[2]))
-    if attributes.get("WindowCenter") is not None and attributes.get("WindowWidth") is not None:
-        centre, width = (
-            float(value[0] if hasattr(value, "__getitem__") else value)
-            for value in (attributes.WindowCenter, attributes.WindowWidth)
-        )
+    if not {None, ""}.intersection({_first(attributes, "WindowCenter"), _first(attributes, "WindowWidth")}):
+        centre, width = (float(_first(attributes, keyword)) for keyword in ("WindowCenter", "WindowWidth"))
         return _windowed(values, centre, width, str(attributes.get("VOILUTFunction") or "LINEAR"))
     stored, signed = int(attributes.BitsStored), int(attributes.PixelRepresentation)
     least = -(2 ** (stored - 1)) if signed else 0
     ends = apply_modality_lut(np.array([least, least + 2**stored - 1], np.int64), attributes)
     return _between(values, float(min(ends)), float(max(ends)))
+
+
+def _first(attributes: Dataset, keyword: str) -> Any:  # noqa: ANN401  whatever pydicom makes of the text
+    """The first value of an attribute; None or blank where it has none."""
+    value = attributes.get(keyword)
+    return next(iter(value), None) if isinstance(value, list | MultiValue) else value
 
 
 def _between(values: Floats, low: float, high: float) -> Floats:

@@ -28,11 +28,9 @@ def answer(task: ReadHeaders | MakeImages) -> Answer:
 
 def main() -> None:
     """Answer until standard input ends."""
-    # Decoders print what they find in a file; nobody must read that.
+    # Decoders print what they find in a file: neither among the answers nor, by whoever started this, on the screen.
     replies = os.fdopen(os.dup(1), "wb")
-    nowhere = os.open(os.devnull, os.O_WRONLY)
-    os.dup2(nowhere, 1)
-    os.dup2(nowhere, 2)
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
     requests = sys.stdin.buffer
     replies.write(READY)
     replies.flush()

@@ -28,7 +28,8 @@ LARGEST_ANSWER: Final = 1 << 31
 START_SECONDS: Final = 60.0  # for Python and its imports on a busy machine
 READY: Final = b"ready to read"
 MOST_BY_DEFAULT: Final = 8
-PROGRAM: Final = (sys.executable, "-m", "sites.datasets.dicom.worker")
+# -P: a folder of images that happens to be the working directory must not be where modules come from.
+PROGRAM: Final = (sys.executable, "-P", "-m", "sites.datasets.dicom.worker")
 _PIECE: Final = 1 << 20
 _ANSWERS: Final[msgspec.msgpack.Decoder[Answer]] = msgspec.msgpack.Decoder(Answer)
 _AHEAD: Final = 4  # tasks per worker that may be finished before their turn
@@ -88,20 +89,27 @@ class Workers:
 
         A task that its worker did not survive is answered by Refused(CRASHED) or Refused(TIMED_OUT).
         """
-        with ThreadPoolExecutor(self._count) as threads:
-            waiting: deque[tuple[_Key, Future[Answer]]] = deque()
-            try:
-                for key, task, seconds in tasks:
-                    waiting.append((key, threads.submit(self._ask, task, seconds)))
-                    if len(waiting) >= _AHEAD * self._count:
-                        first, future = waiting.popleft()
-                        yield first, future.result()
-                while waiting:
-                    first, future = waiting.popleft()
-                    yield first, future.result()
-            finally:
-                for _, future in waiting:
-                    future.cancel()
+        waiting: deque[tuple[_Key, Future[Answer]]] = deque()
+        try:
+            with ThreadPoolExecutor(self._count) as threads:
+                try:
+                    for key, task, seconds in tasks:
+                        waiting.append((key, threads.submit(self._ask, task, seconds)))
+                        if len(waiting) >= _AHEAD * self._count:
+                            yield _first(waiting)
+                    while waiting:
+                        yield _first(waiting)
+                finally:
+                    # Whoever stopped listening does not wait for a decoder that hangs.
+                    for _, future in waiting:
+                        future.cancel()
+                    if waiting:
+                        for worker in self._all:
+                            worker.kill()
+        finally:
+            if waiting:
+                for worker in self._all:
+                    worker.stop()
 
     def _ask(self, task: Task, seconds: float) -> Answer:
         worker = self._free.get()
@@ -115,6 +123,13 @@ class Workers:
             raise
         finally:
             self._free.put(worker)
+
+
+def _first(waiting: "deque[tuple[_Key, Future[Answer]]]") -> tuple[_Key, Answer]:
+    key, future = waiting[0]
+    answer = future.result()
+    waiting.popleft()
+    return key, answer
 
 
 class _Worker:
@@ -140,6 +155,11 @@ class _Worker:
         except (BrokenPipeError, msgspec.DecodeError):
             raise _Lost(Reason.CRASHED) from None
 
+    def kill(self) -> None:
+        """End the process while another thread waits for its answer."""
+        if (process := self._process) is not None:
+            process.kill()
+
     def stop(self) -> None:
         """End the process, whatever it is doing."""
         if self._process is not None:
@@ -160,7 +180,7 @@ class _Worker:
             self._program,
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,  # where pydicom and the decoders quote what they do not like
             env=environment,
             start_new_session=True,  # Ctrl-C is for the site's process, which then ends this one
         )
