@@ -27,6 +27,7 @@ from pydicom.uid import (
     TwelveLeadECGWaveformStorage,
     UltrasoundImageStorage,
 )
+from support.broken_decoder import CRASHING_FILE, HANGING_FILE
 from support.dicom_files import SHIPPED, image, save
 
 from sites.datasets.dicom import ImagePlan, Limits, Reason, index_folder
@@ -156,6 +157,19 @@ def test_a_deflated_bomb_costs_itself(tmp_path: Path) -> None:
         index = index_folder(tmp_path, tmp_path.parent / f"{tmp_path.name}-state", workers=pool)
     assert index.refused == {Reason.MEMORY: 1}
     assert len(index.images) == 1
+
+
+def test_a_parser_may_crash_or_hang(tmp_path: Path) -> None:
+    """A file that crashes or hangs whoever reads its header is counted alone, though many are read in one task."""
+    folder = tmp_path / "images"
+    for number in range(40):
+        save(image(number=number), folder / str(number))
+    (folder / "crashing").write_bytes(CRASHING_FILE)
+    (folder / "hanging").write_bytes(HANGING_FILE)
+    with Workers(2, program=(sys.executable, "-m", "support.broken_decoder")) as pool:
+        index = index_folder(folder, tmp_path / "state", limits=Limits(seconds=2.0), workers=pool)
+    assert index.refused == {Reason.CRASHED: 1, Reason.TIMED_OUT: 1}
+    assert len(index.images) == 40
 
 
 def test_links_are_not_followed(workers: Workers, tmp_path: Path) -> None:

@@ -7,7 +7,18 @@ import time
 from sites.datasets.dicom import pixels, worker
 
 CRASHING_ROWS, HANGING_ROWS, LYING_ROWS = 13, 17, 19
-_decoded = pixels._decoded
+CRASHING_FILE, HANGING_FILE = b"crash the parser", b"hang the parser!"
+_decoded, _read_header = pixels._decoded, worker.read_header
+
+
+def _broken_parser(path, limits):
+    with open(path, "rb") as file:  # noqa: PTH123
+        start = file.read(16)
+    if start == CRASHING_FILE:
+        os.abort()
+    while start == HANGING_FILE:
+        time.sleep(1)
+    return _read_header(path, limits)
 
 
 def _broken(dataset, frames):
@@ -24,5 +35,5 @@ def _broken(dataset, frames):
 
 if __name__ == "__main__":
     _answers = os.dup(1)
-    pixels._decoded = _broken
+    pixels._decoded, worker.read_header = _broken, _broken_parser
     worker.main()
