@@ -451,3 +451,19 @@ def test_batches_come_as_from_any_data_set(workers: Workers, tmp_path: Path) -> 
     build_cache(indexed(tmp_path, workers), PLAN, tmp_path / "cache", workers=workers)
     batches = list(torch.utils.data.DataLoader(ImageDataset(tmp_path / "cache"), batch_size=2))
     assert [tuple(features.shape) for features, _ in batches] == [(2, 1, 8, 8), (2, 1, 8, 8), (1, 1, 8, 8)]
+
+
+def test_the_documents_example_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the document tells an engineer to write works, from a folder to a loss."""
+    for number in range(24):
+        save(image(number=number, patient=f"P{number}"), tmp_path / "IMAGES" / str(number))
+    lines = [f"P{number},{('no', 'yes')[number % 2]}" for number in range(24)]
+    (tmp_path / "findings.csv").write_text("\n".join(["patient,finding", *lines]))
+    monkeypatch.chdir(tmp_path)
+    text = (Path(__file__).parents[2] / "docs" / "dicom.md").read_text()
+    names: dict[str, object] = {}
+    exec(text.split("```python\n")[1].split("```")[0], names)  # noqa: S102  our own document
+    examples, loss = names["examples"], names["loss"]
+    assert examples.features.shape[1:] == (1, 64, 64)
+    assert len(set(examples.owners)) == names["card"].patients["train"]
+    assert loss(torch.zeros(len(examples.features), 1), examples.targets) > 0

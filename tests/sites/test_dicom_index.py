@@ -286,6 +286,16 @@ def test_unchanged_files_are_not_read_again(workers: Workers, tmp_path: Path) ->
     assert not third.refused
 
 
+def test_another_folder_is_read_anew(workers: Workers, tmp_path: Path) -> None:
+    """A file of the same name, size and date in another folder is not taken for the one that was indexed."""
+    found = []
+    for patient in "AB":
+        path = save(image(patient=patient), tmp_path / patient / "image.dcm")
+        os.utime(path, (1e9, 1e9))
+        found.append(index_folder(tmp_path / patient, tmp_path / "state", workers=workers).images[0].patient)
+    assert found[0] != found[1]
+
+
 def test_a_stopped_run_keeps_what_it_read(workers: Workers, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """What was read before the run was stopped is not read again."""
     monkeypatch.setattr("sites.datasets.dicom.index._COMMIT_EVERY", 2)

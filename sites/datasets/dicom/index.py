@@ -1,7 +1,7 @@
 """Which files of a folder are usable images, remembered between runs.
 
 The index is a small SQLite file in the site's state folder.  It holds no path and no identifier: each file is known by
-the HMAC of its path in the folder, so that only whoever has the folder can say which file a row is.  A file whose size
+the HMAC of its path, so that only whoever has the folder and the secret can say which file a row is.  A file whose size
 and time of change are the same is not read again; one that is gone leaves the index.
 """
 
@@ -141,7 +141,7 @@ _Seen = dict[bytes, tuple[bytes, int, int]]
 
 def _files_in(folder: Path, pseudonyms: Pseudonyms) -> tuple[_Seen, Counter[Reason]]:
     """Path, size and time of change of each regular file by its pseudonym, and how much else there is."""
-    root = os.fsencode(folder)
+    root = os.fsencode(folder.resolve())
     seen: _Seen = {}
     passed_over: Counter[Reason] = Counter()
     todo = [root]
@@ -154,7 +154,8 @@ def _files_in(folder: Path, pseudonyms: Pseudonyms) -> tuple[_Seen, Counter[Reas
                         todo.append(entry.path)
                     elif entry.is_file(follow_symlinks=False):
                         found = entry.stat(follow_symlinks=False)
-                        name = pseudonyms.of(b"file", os.path.relpath(entry.path, root))
+                        # The whole path: archives give many files one date, and folders often have the same names.
+                        name = pseudonyms.of(b"file", entry.path)
                         seen[name] = (entry.path, found.st_size, found.st_mtime_ns)
                     else:
                         # Stops a link out of the folder, or in a circle, from bringing in what was not meant.
