@@ -43,7 +43,7 @@ def inspect(
     ] = None,
     merges: Annotated[
         Path | None,
-        typer.Option(help="CSV of patients with several numbers: patient, same_as [issuer, same_as_issuer]."),
+        typer.Option(help="CSV of patients with several numbers: patient, same_as (issuer, same_as_issuer)."),
     ] = None,
     decode: Annotated[int, typer.Option(min=0, help="Try to decode one image each of so many patients.")] = 64,
     decode_all: Annotated[bool, typer.Option("--decode-all", help="Try to decode every image.")] = False,
@@ -70,11 +70,11 @@ def inspect(
             summary, thumbnails = summarise(
                 index, labels=found, decode=None if decode_all else decode, workers=pool, progress=report
             )
-    _print(summary)
     if json_file is not None:
         write_atomic(json_file, msgspec.json.format(msgspec.json.encode(summary)) + b"\n", mode=0o600)
     if sheet is not None:
         write_atomic(sheet, contact_sheet(thumbnails), mode=0o600)
+    _print(summary)
 
 
 @contextmanager

@@ -278,6 +278,32 @@ def test_every_syntax_has_one_decoder() -> None:
     assert PLUGIN_OF[HTJ2KLossless] == "pylibjpeg"
 
 
+@settings(max_examples=200, deadline=None)
+@given(
+    changes=st.lists(st.tuples(st.integers(132, 10_000), st.binary(min_size=1, max_size=4)), min_size=1, max_size=4),
+    end=st.none() | st.integers(132, 10_000),
+    source=st.sampled_from(["plain", "enhanced"]),
+)
+def test_no_bytes_raise(
+    tmp_path_factory: pytest.TempPathFactory, changes: list[tuple[int, bytes]], end: int | None, source: str
+) -> None:
+    """Whatever happens to the bytes of a file, its header and its pixels give an image or a reason, not an error."""
+    path = tmp_path_factory.mktemp("bytes") / "file"
+    data = bytearray(save(image() if source == "plain" else enhanced(), path).read_bytes())
+    for place, written in changes:
+        place %= len(data) - 132  # noqa: PLW2901
+        data[132 + place : 132 + place + len(written)] = written
+    path.write_bytes(data[:end])
+    limits = Limits(pixels=1 << 12, frames=64)
+    found = read_header(bytes(path), limits)
+    assert isinstance(found, Found | Refused)
+    answer = make_images(MakeImages([(bytes(path), [0])], PLAN, limits))
+    if isinstance(answer, Images):
+        values = np.frombuffer(answer.values, "<f4")
+        assert values.shape == (64,)
+        assert ((values >= 0) & (values <= 1)).all()
+
+
 def enhanced(count: int = 4) -> Dataset:
     """A multi-frame CT whose geometry and rescale are in functional groups, the frames from the head down."""
     dataset = image(
