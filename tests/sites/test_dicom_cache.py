@@ -10,7 +10,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from support.broken_decoder import CRASHING_ROWS, HANGING_ROWS, LYING_ROWS
+from support.broken_decoder import CRASHING_ROWS, HANGING_ROWS, LYING_ROWS, SHORT_ROWS
 from support.dicom_files import image, save, slices
 from torch import nn
 
@@ -59,17 +59,17 @@ def people(folder: Path, rows: dict[str, int], **attributes: object) -> None:
 
 
 def test_a_decoder_may_crash_hang_or_lie(tmp_path: Path) -> None:
-    """A file that crashes its decoder, one that hangs it and one whose decoder answers nonsense are each counted; every
+    """A file that crashes its decoder, one that hangs it and two whose decoder answers nonsense are each counted; every
     other file is in the cache, in its place."""
     people(tmp_path, dict.fromkeys("ABCDEF", 2))
-    for number, rows in enumerate((CRASHING_ROWS, HANGING_ROWS, LYING_ROWS)):
+    for number, rows in enumerate((CRASHING_ROWS, HANGING_ROWS, LYING_ROWS, SHORT_ROWS)):
         pixels = np.zeros((rows, 8), np.uint8)
         save(image(pixels, number=number, series=90, patient="B"), tmp_path / "images" / f"broken{number}")
     with Workers(2, program=(sys.executable, "-m", "support.broken_decoder")) as pool:
         index = indexed(tmp_path, pool, limits=Limits(seconds=4.0))
         assert not index.refused
         card = build_cache(index, PLAN, tmp_path / "cache", workers=pool)
-    assert card.refused == {Reason.CRASHED.value: 2, Reason.TIMED_OUT.value: 1}
+    assert card.refused == {Reason.CRASHED.value: 3, Reason.TIMED_OUT.value: 1}
     assert card.rows["train"] == 12
     data = ImageDataset(tmp_path / "cache")
     assert sorted((data.features[:, 0, 0, 0] * 255 - 10).round().tolist()) == list(range(12))

@@ -278,6 +278,7 @@ def test_every_syntax_has_one_decoder() -> None:
     assert PLUGIN_OF[HTJ2KLossless] == "pylibjpeg"
 
 
+@pytest.mark.filterwarnings("ignore::UserWarning:pydicom")
 @settings(max_examples=200, deadline=None)
 @given(
     changes=st.lists(st.tuples(st.integers(132, 10_000), st.binary(min_size=1, max_size=4)), min_size=1, max_size=4),
