@@ -288,6 +288,21 @@ def test_missing_labels_are_masked_or_left_out(workers: Workers, tmp_path: Path)
     assert str(found) == str(sorted([[1.0, 1.0, 1.5], [float("nan"), 2.0, float("nan")]], key=str))
 
 
+def test_labels_follow_merged_patients(workers: Workers, tmp_path: Path) -> None:
+    """A label under any number of a person is that of all the person's images; two that differ are an error."""
+    people(tmp_path, {"A": 1, "B": 1, "C": 1})
+    merges, table = tmp_path / "merges.csv", tmp_path / "labels.csv"
+    merges.write_text("patient,same_as\nA,B\nB,C\n")
+    index = index_folder(tmp_path / "images", tmp_path / "state", merges=merges, workers=workers)
+    for number in "ABC":
+        table.write_text(f"patient,finding\n{number},yes\n")
+        labels = load_labels(table, (FINDING,), index)
+        assert [labels.of(image) for image in index.images] == [(1.0,)] * 3
+    table.write_text("patient,finding\nA,yes\nC,no\n")
+    with pytest.raises(DatasetError, match="line 3: other values"):
+        load_labels(table, (FINDING,), index)
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [
