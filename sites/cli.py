@@ -1,4 +1,4 @@
-"""The command line: `secureagg keygen | consortium | coordinator | site | audit | ledger | budget | demo`.
+"""The command line: `secureagg keygen | consortium | coordinator | site | audit | ledger | budget | data | demo`.
 
 Every failure that a user can cause is one sentence on standard error and exit status 1; a wrong option is status 2.
 What takes seconds to import is imported inside the command that needs it.
@@ -19,6 +19,7 @@ from dp.errors import PrivacyError
 from secureagg import SecureAggregationError
 from sites.audit_cli import audit_app
 from sites.budget_cli import LedgerFile, NotedHead, budget_app, print_verified, read_rows, verified
+from sites.data_cli import data_app
 from sites.errors import SiteError
 from transport import TransportError
 
@@ -40,6 +41,7 @@ ledger_app = typer.Typer(help="Check and move the record of what a site has rele
 app.add_typer(ledger_app, name="ledger")
 app.add_typer(budget_app, name="budget")
 app.add_typer(audit_app)
+app.add_typer(data_app, name="data")
 
 out = Console(highlight=False)
 

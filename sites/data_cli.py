@@ -1,0 +1,121 @@
+"""The command line's `data`: what a site's images are worth, for the site's own eyes."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import msgspec
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from sites.errors import DatasetError
+from sites.files import write_atomic
+
+if TYPE_CHECKING:
+    from sites.datasets.dicom.index import Progress as Report
+    from sites.datasets.dicom.summary import Summary
+
+data_app = typer.Typer(help="Look at the images that a site could train on.", no_args_is_help=True)
+out = Console(highlight=False)
+err = Console(stderr=True)
+
+
+@data_app.callback()
+def data() -> None:
+    """Look at the images that a site could train on."""
+
+
+@data_app.command(
+    epilog="[bold]Example[/bold]: [cyan]secureagg data inspect IMAGES --state STATE --labels findings.csv "
+    "--target finding=no,yes[/cyan]"
+)
+def inspect(
+    folder: Annotated[Path, typer.Argument(help="Folder of DICOM files, with all that is below it.")],
+    state: Annotated[Path, typer.Option(help="The site's state folder, for the index and the secret behind it.")],
+    labels: Annotated[
+        Path | None, typer.Option(help="CSV with a column patient, study, series or instance, and one per target.")
+    ] = None,
+    target: Annotated[
+        list[str] | None,
+        typer.Option(help="A column of it: NAME=no,yes for classes, NAME=low<mid<high if ordered, NAME for a number."),
+    ] = None,
+    merges: Annotated[
+        Path | None,
+        typer.Option(help="CSV of patients with several numbers: patient, same_as (issuer, same_as_issuer)."),
+    ] = None,
+    decode: Annotated[int, typer.Option(min=0, help="Try to decode one image each of so many patients.")] = 64,
+    decode_all: Annotated[bool, typer.Option("--decode-all", help="Try to decode every image.")] = False,
+    sheet: Annotated[
+        Path | None, typer.Option(help="Write a PNG of decoded images; look at it, then delete it.")
+    ] = None,
+    workers: Annotated[int | None, typer.Option(min=1, help="Processes that read and decode.")] = None,
+    json_file: Annotated[Path | None, typer.Option("--json", help="Also write the summary to this file.")] = None,
+) -> None:
+    """Say what of a folder can be trained on, what not and why, in counts and bands; nothing leaves this machine."""
+    from sites.datasets.dicom.index import index_folder  # noqa: PLC0415
+    from sites.datasets.dicom.labels import Target, load_labels  # noqa: PLC0415
+    from sites.datasets.dicom.summary import contact_sheet, summarise  # noqa: PLC0415
+    from sites.datasets.dicom.workers import Workers  # noqa: PLC0415
+
+    targets = tuple(Target.parse(text) for text in target or [])
+    if (labels is None) != (not targets):
+        raise DatasetError("labels: expected both --labels and --target, or neither")
+    with Workers(workers) as pool:
+        with _progress("reading") as report:
+            index = index_folder(folder, state, merges=merges, workers=pool, progress=report)
+        found = None if labels is None else load_labels(labels, targets, index)
+        with _progress("decoding") as report:
+            summary, thumbnails = summarise(
+                index, labels=found, decode=None if decode_all else decode, workers=pool, progress=report
+            )
+    if json_file is not None:
+        write_atomic(json_file, msgspec.json.format(msgspec.json.encode(summary)) + b"\n", mode=0o600)
+    if sheet is not None:
+        write_atomic(sheet, contact_sheet(thumbnails), mode=0o600)
+    _print(summary)
+
+
+@contextmanager
+def _progress(what: str) -> "Iterator[Report]":
+    """A bar on standard error while something is done, if somebody is looking."""
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=err, transient=True, disable=not err.is_terminal) as bar:
+        task = bar.add_task(what, total=None)
+        yield lambda done, total: bar.update(task, completed=done, total=total)
+
+
+def _print(summary: "Summary") -> None:
+    from rich.table import Table  # noqa: PLC0415
+
+    def counts(found: dict[str, int]) -> str:
+        return ", ".join(f"{name}: {count:,}" for name, count in found.items()) or "none"
+
+    table = Table(show_header=False, title="Images that can be trained on", title_justify="left")
+    table.add_column()
+    table.add_column(overflow="fold")
+    table.add_row(
+        "files", f"{summary.files:,} ({summary.files_read:,} read now, {summary.files_unchanged:,} unchanged)"
+    )
+    table.add_row("images", f"{summary.images:,} files with {summary.frames:,} frames", style="bold")
+    table.add_row("patients", f"{summary.patients:,}", style="bold")
+    if summary.patients_by_study:
+        table.add_row("without PatientID", f"{summary.patients_by_study:,} studies, each counted as a patient")
+    if spread := summary.images_per_patient:
+        table.add_row("images per patient", f"{spread.least:,} to {spread.most:,}, median {spread.median:g}")
+    table.add_row("rows x columns", counts(summary.sizes))
+    table.add_row("volumes", f"{summary.volumes:,}; not stacked: {counts(summary.no_volume)}")
+    table.add_row("decoded to try", f"{summary.decoded:,} ({counts(summary.decoders)})")
+    for name, balance in summary.labels.items():
+        table.add_row(f"label {name}", counts(balance))
+    for name, bands in summary.descriptors.items():
+        table.add_row(name.replace("_", " "), counts(bands))
+    out.print(table)
+    for title, refused in (("Files left out", summary.refused), ("Images that do not decode", summary.not_decoded)):
+        if refused:
+            reasons = Table("reason", "files", title=title, title_justify="left")
+            for reason, count in refused.items():
+                reasons.add_row(reason, f"{count:,}")
+            out.print(reasons)
+    out.print("Descriptors count patients. All of this is for this site only: nothing was sent.", soft_wrap=True)
