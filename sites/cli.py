@@ -215,6 +215,32 @@ def create(
 
 
 @consortium_app.command(
+    epilog=_example("secureagg consortium revise manifest.toml revised.toml --revoke hospital-c --card hospital-a.card")
+)
+def revise(
+    manifest: Annotated[Path, typer.Argument(help="The manifest in force.")],
+    revised: Annotated[Path, typer.Argument(help="File to write.")],
+    revoke: Annotated[list[str] | None, typer.Option(help="A site that is out from the next round on.")] = None,
+    card: Annotated[list[Path] | None, typer.Option(help="New public card of a site, or card of a new site.")] = None,
+) -> None:
+    """Write the next revision of a manifest, unsigned: sites revoked, added or with new keys, all else as it was.
+
+    Once all its sites have signed it, coordinator and sites are started again with it, and the run goes on.
+    """
+    from sites.keys import load_card  # noqa: PLC0415
+    from sites.manifest import Manifest  # noqa: PLC0415
+
+    before = Manifest.load(manifest)
+    after = before.revised(revoke=revoke or (), cards=[load_card(path) for path in card or ()])
+    after.save(revised)
+    for what, sites in after.changes_from(before).items():
+        if sites:
+            out.print(f"{what}: {', '.join(sites)}", soft_wrap=True)
+    number = after.consortium.revision
+    out.print(f"{revised}  revision {number}; every site in it runs `secureagg consortium sign`", soft_wrap=True)
+
+
+@consortium_app.command(
     epilog=_example("secureagg consortium sign manifest.toml --keys hospital-a.keys --site-config SITE.toml")
 )
 def sign(

@@ -39,6 +39,7 @@ from sites.evaluation import Metrics
 from sites.files import write_atomic
 from sites.held_model import next_name
 from sites.manifest import Manifest
+from sites.manifest_log import note_manifest
 from sites.model_state import model_digest
 from sites.rounds import mean_update, metrics_of, model_spec, round_parameters
 from sites.run_store import Model, RunStore
@@ -146,6 +147,10 @@ class CoordinatorLoop:
         model is on disk then, the sites are told, and the run can be gone on with.
         """
         with closing(RunStore(self._state)) as store:
+            if (change := note_manifest(self._state, self._manifest)) is not None:
+                for what, sites in (("revoked", change.revoked), ("new keys", change.rekeyed), ("added", change.added)):
+                    if sites and change.revision > 1:
+                        self._notify(f"manifest revision {change.revision}, {what}: {', '.join(sites)}")
             first = self._begin_or_go_on(store)
             try:
                 records = self._rounds(store, first)
@@ -160,10 +165,10 @@ class CoordinatorLoop:
 
     def _begin_or_go_on(self, store: RunStore) -> int:
         """The number of the first round: 1 of a new run, or the next one of a run that was interrupted."""
-        found = None if self._new_run else store.unfinished(self._manifest.digest)
+        found = None if self._new_run else store.unfinished(self._manifest)
         if found is None:
             self._run = secrets.token_hex(8)
-            store.start(self._run, self._manifest.digest, self._stored_model)
+            store.start(self._run, self._manifest, self._stored_model)
         else:
             self._run, self._name, self._excluded = found.run, found.model.name, dict(found.excluded)
             self._up_to_date = set(map(SiteId, found.model.holders))

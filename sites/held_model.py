@@ -55,9 +55,11 @@ class _Copy(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=
 
 
 class _Stored(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
-    """A copy on this site's own disk: of which consortium and run, the one before, if any, and the SHA-256 of both."""
+    """A copy on this site's own disk: under which manifest and rules, of which run, the copy before it, if any, and the
+    SHA-256 of both."""
 
     manifest: bytes
+    rules: bytes
     run: str
     copy: bytes
     before: bytes
@@ -98,7 +100,7 @@ class HeldModel:
             stored = msgspec.msgpack.decode(self._path.read_bytes(), type=_Stored)
             if sha256(stored.copy + stored.before).digest() != stored.digest:
                 raise ConfigurationError(f"{self._path}: damaged")
-            if stored.manifest == self._manifest.digest:
+            if self._manifest.continues(stored.manifest, stored.rules):
                 self._take(stored.run, stored.copy, who=str(self._path))
                 self._before = stored.before
         except msgspec.DecodeError as error:
@@ -197,7 +199,7 @@ class HeldModel:
     def _save(self) -> None:
         copy = self._copied
         digest = sha256(copy + self._before).digest()
-        stored = _Stored(self._manifest.digest, self.run, copy, self._before, digest)
+        stored = _Stored(self._manifest.digest, self._manifest.rules, self.run, copy, self._before, digest)
         write_atomic(self._path, msgspec.msgpack.encode(stored), mode=PRIVATE_MODE)
 
     def _signing_key(self, site: str) -> bytes:

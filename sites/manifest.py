@@ -5,7 +5,7 @@ has signed it, and has pinned its digest.  The digest enters every round's conte
 """
 
 import tomllib
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from functools import cached_property
 from hashlib import sha256
 from math import prod
@@ -49,9 +49,12 @@ class _Table(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
 
 
 class Consortium(_Table, frozen=True):
-    """``name`` of the consortium and ``version`` of this manifest's layout."""
+    """``name`` of the consortium, ``version`` of this manifest's layout, and which ``revision`` of its rules this is,
+    from 1; ``follows``: the digest of the one before, in hexadecimal, "" for the first."""
 
     name: Annotated[str, msgspec.Meta(pattern="^[A-Za-z0-9][A-Za-z0-9 ._-]{0,99}\\Z")]
+    revision: Annotated[int, msgspec.Meta(ge=1, le=1_000_000)]
+    follows: Annotated[str, msgspec.Meta(pattern="^([0-9a-f]{64})?\\Z")]
     version: Literal[1] = 1
 
 
@@ -233,6 +236,56 @@ class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
         manifest._check_contents("new manifest")
         return manifest
 
+    def revised(self, *, revoke: Collection[str] = (), cards: Sequence[Card] = ()) -> Self:
+        """The next revision, unsigned: without the sites ``revoke``, and with these ``cards``, each in place of the
+        site's old one or of a new site; all else is as it was.  ManifestError for a site to revoke that is not listed.
+
+        A run goes on under it, see ``continues``.
+        """
+        listed = {entry.name for entry in self.sites}
+        if unknown := set(revoke) - listed:
+            raise ManifestError(f"manifest of {self.consortium.name}: does not list {', '.join(sorted(unknown))}")
+        named = {str(card.site): card for card in cards}
+        kept = [entry.card for entry in self.sites if entry.name not in {*revoke, *named}]
+        tables = {
+            name: getattr(self, name)
+            for name in self.__struct_fields__
+            if name not in ("coordinator", "sites", "signatures", "consortium")
+        }
+        consortium = msgspec.structs.replace(
+            self.consortium, revision=self.consortium.revision + 1, follows=self.digest.hex()
+        )
+        tables = {name: table for name, table in tables.items() if table is not msgspec.UNSET}
+        return self.create(
+            coordinator=self.coordinator.card,
+            address=self.coordinator.address,
+            cards=[*kept, *named.values()],
+            consortium=consortium,
+            **tables,
+        )
+
+    @cached_property
+    def rules(self) -> bytes:
+        """SHA-256 of all that is the same in every revision by ``revised``: what is trained, at what cost, how it is
+        summed."""
+        consortium = msgspec.structs.replace(self.consortium, revision=1, follows="")
+        fixed = msgspec.structs.replace(self, consortium=consortium, sites=[], signatures=[])
+        return sha256(LABEL + msgspec.json.encode(fixed, order="sorted")).digest()
+
+    def continues(self, digest: bytes, rules: bytes) -> bool:
+        """Whether a run under the manifest of this ``digest`` and these ``rules`` goes on under this one: it is the
+        same, or the revision after it."""
+        return self.rules == rules and digest in (self.digest, bytes.fromhex(self.consortium.follows))
+
+    def changes_from(self, before: "Manifest") -> dict[str, list[str]]:
+        """Names of the sites that this revision "revoked", "added" and gave new keys ("rekeyed")."""
+        old, new = before.roster, self.roster
+        return {
+            "revoked": sorted(old.keys() - new.keys()),
+            "added": sorted(new.keys() - old.keys()),
+            "rekeyed": sorted(site for site in old.keys() & new.keys() if old[site] != new[site]),
+        }
+
     @classmethod
     def load(cls, path: Path) -> Self:
         """The manifest in a TOML file; ManifestError naming file and field for anything that is not one."""
@@ -352,6 +405,11 @@ class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
             )
 
     def _check_contents(self, where: str) -> None:
+        if (self.consortium.revision == 1) != (self.consortium.follows == ""):
+            raise ManifestError(
+                f"{where}: found revision {self.consortium.revision} that follows {self.consortium.follows or 'none'}, "
+                "expected revision 1 to follow none, and any other one to follow another"
+            )
         try:
             self.coordinator.card.check()
             roster = self.roster

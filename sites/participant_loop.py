@@ -48,6 +48,7 @@ from sites.errors import ConfigurationError, FederationFailed, ManifestError, Si
 from sites.evaluation import Metrics, count_correct, score_histogram
 from sites.held_model import HeldModel
 from sites.journal import SqliteJournal
+from sites.manifest_log import note_manifest
 from sites.model_state import State, model_digest
 from sites.rounds import CORRECT, HISTOGRAM, TOTAL, UPDATE, metrics_of, model_spec, round_parameters
 from transport import COORDINATOR, Endpoint, PeerUnreachable, TransportError, connect
@@ -333,6 +334,7 @@ class _Session:
                 f"state folder {site.state}: {error.strerror}, expected a writable folder"
             ) from error
         self._journal = SqliteJournal(site.state / "journal.sqlite")
+        note_manifest(site.state, site.manifest)
         with _logged("the model that this site held; it asks the others for theirs"):
             self._held.restore()
         if self._endpoint is None:

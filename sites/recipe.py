@@ -73,7 +73,7 @@ def new_manifest(
     spec = ModelSpec.of_bytes(initial, who="initial model")
     spec.from_bytes(initial, who="initial model")  # only float32 tensors travel
     tables: dict[str, msgspec.Struct] = {
-        "consortium": Consortium(name=name),
+        "consortium": Consortium(name=name, revision=1, follows=""),
         "policy": POLICY,
         "encoding": ENCODING,
         "evaluation": EVALUATION,

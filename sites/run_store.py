@@ -19,13 +19,14 @@ from typing import Final
 from secureagg import SiteId
 from sites.errors import ConfigurationError
 from sites.files import write_atomic
+from sites.manifest import Manifest
 
 DATABASE: Final = "run.sqlite"
 LOG: Final = "rounds.jsonl"
 
 _SCHEMA: Final = """
 CREATE TABLE IF NOT EXISTS runs (
-    run TEXT PRIMARY KEY, manifest BLOB NOT NULL, begun INTEGER NOT NULL, over TEXT,
+    run TEXT PRIMARY KEY, manifest BLOB NOT NULL, rules BLOB NOT NULL, begun INTEGER NOT NULL, over TEXT,
     model_name BLOB NOT NULL, file TEXT, file_sha256 BLOB, holders TEXT NOT NULL);
 CREATE TABLE IF NOT EXISTS rounds (run TEXT NOT NULL, number INTEGER NOT NULL, record BLOB NOT NULL,
     PRIMARY KEY (run, number));
@@ -81,18 +82,25 @@ class RunStore:
         if found != "ok":
             raise self._damaged(str(found).splitlines()[0])
 
-    def unfinished(self, manifest_digest: bytes) -> Checkpoint | None:
-        """Where the last run stands, if it is not over and under this manifest; ConfigurationError naming the file that
-        is missing or not what it was."""
+    def unfinished(self, manifest: Manifest) -> Checkpoint | None:
+        """Where the last run stands, if it is not over; ConfigurationError if it is under rules that do not go on under
+        this manifest, and naming the file that is missing or not what it was."""
         with self._errors():
             row = self._database.execute(
-                "SELECT run, begun, model_name, file, file_sha256, holders FROM runs WHERE over IS NULL AND manifest = "
-                "?",
-                (manifest_digest,),
+                "SELECT run, manifest, rules, begun, model_name, file, file_sha256, holders FROM runs "
+                "WHERE over IS NULL"
             ).fetchone()
             if row is None:
                 return None
-            run, begun, model_name, file, digest, holders = row
+            run, found, rules, begun, model_name, file, digest, holders = row
+            # Stops a run from being dropped in silence when a coordinator is started with another manifest.
+            if not manifest.continues(found, rules):
+                raise ConfigurationError(
+                    f"{self._path}: run {run} is not over, under the manifest with digest {found.hex()[:16]}..., "
+                    f"expected that one or its next revision; found {manifest.digest.hex()[:16]}...; --new-run drops it"
+                )
+            if found != manifest.digest:
+                self._database.execute("UPDATE runs SET manifest = ? WHERE run = ?", (manifest.digest, run))
             excluded = dict(self._database.execute("SELECT site, code FROM excluded WHERE run = ?", (run,)))
             finished = self._database.execute("SELECT max(number) FROM rounds WHERE run = ?", (run,)).fetchone()[0]
         return Checkpoint(
@@ -107,14 +115,14 @@ class RunStore:
             excluded=excluded,
         )
 
-    def start(self, run: str, manifest_digest: bytes, model: Model) -> None:
+    def start(self, run: str, manifest: Manifest, model: Model) -> None:
         """Begin a run from this model; any other one that was not over is."""
         file, digest = self._write(run, 0, model)
         with self._errors(), self._transaction():
             self._database.execute("UPDATE runs SET over = 'abandoned' WHERE over IS NULL")
             self._database.execute(
-                "INSERT INTO runs VALUES (?, ?, 0, NULL, ?, ?, ?, ?)",
-                (run, manifest_digest, model.name, file, digest, " ".join(sorted(model.holders))),
+                "INSERT INTO runs VALUES (?, ?, ?, 0, NULL, ?, ?, ?, ?)",
+                (run, manifest.digest, manifest.rules, model.name, file, digest, " ".join(sorted(model.holders))),
             )
         self._forget_files(file)
 

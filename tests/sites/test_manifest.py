@@ -106,8 +106,8 @@ def other_value(path, value):
         return CHOICES[name]
     if name == "histogram_bins":
         return value + 2
-    if name == "name":
-        return "zz"
+    if name in ("name", "follows"):
+        return {"name": "zz", "follows": "0" * 64}[name]
     if isinstance(value, str):
         return ("1" if value[0] == "0" else "0") + value[1:]
     return value + 1 if isinstance(value, int) else value * 1.5

@@ -3,18 +3,34 @@ silence."""
 
 import sqlite3
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sites import run_store
 from sites.errors import ConfigurationError
 from sites.run_store import DATABASE, LOG, Model, RunStore
 
-MANIFEST = bytes(32)
 START = Model(name=b"start", optimizer=b"the initial model")
+
+
+@dataclass(frozen=True)
+class Rules:
+    """What the store asks a manifest."""
+
+    digest: bytes
+    rules: bytes = b"rules"
+    follows: bytes = b""
+
+    def continues(self, digest: bytes, rules: bytes) -> bool:
+        """As ``Manifest.continues``."""
+        return rules == self.rules and digest in (self.digest, self.follows)
+
+
+MANIFEST = Rules(b"first")
 
 
 class Crash(BaseException):
@@ -68,14 +84,37 @@ def test_a_model_that_only_the_sites_have(store: RunStore, tmp_path: Path) -> No
     assert not list(tmp_path.glob("*.safetensors"))
 
 
-def test_a_run_that_is_over_or_of_another_manifest_is_not_gone_on_with(store: RunStore) -> None:
-    """A finished run, one under another manifest, and one that a new one has taken the place of, are left alone."""
+def test_a_run_that_is_over_is_not_gone_on_with(store: RunStore) -> None:
+    """A finished run, and one that a new one has taken the place of, are left alone."""
     store.start("old", MANIFEST, START)
-    assert store.unfinished(b"\x01" * 32) is None
     store.start("new", MANIFEST, START)
     assert store.unfinished(MANIFEST).run == "new"
     store.end("new", "finished")
     assert store.unfinished(MANIFEST) is None
+
+
+def test_a_run_goes_on_under_the_next_revision(store: RunStore, tmp_path: Path) -> None:
+    """The next revision of the manifest takes over, and the one after that from there; the old one is out then."""
+    store.start("run", MANIFEST, START)
+    second, third = Rules(b"second", follows=b"first"), Rules(b"third", follows=b"second")
+    assert store.unfinished(second).run == "run"
+    store = again(store, tmp_path)
+    with pytest.raises(ConfigurationError, match="run run is not over"):
+        store.unfinished(MANIFEST)
+    assert store.unfinished(third).run == "run"
+    store.close()
+
+
+@pytest.mark.parametrize(
+    "other", [Rules(b"other"), Rules(b"other", follows=b"second"), Rules(b"other", rules=b"changed", follows=b"first")]
+)
+def test_a_run_is_not_dropped_in_silence(store: RunStore, other: Rules) -> None:
+    """A manifest that is neither the run's nor its next revision, or that changes more than the sites, is refused with
+    what to do about it; the run is still there."""
+    store.start("run", MANIFEST, START)
+    with pytest.raises(ConfigurationError, match=r"run run is not over, under the manifest .* --new-run drops it"):
+        store.unfinished(other)
+    assert store.unfinished(MANIFEST).run == "run"
 
 
 def test_only_the_last_model_is_kept(store: RunStore, tmp_path: Path) -> None:
@@ -175,6 +214,7 @@ def test_a_database_that_fails_half_way(store: RunStore, monkeypatch: pytest.Mon
     assert (found.finished, found.model) == (0, START)
 
 
+@settings(max_examples=30, deadline=None)
 @given(cut=st.integers(0, 40), lost=st.integers(0, 3))
 def test_the_log_is_completed(tmp_path_factory: pytest.TempPathFactory, cut: int, lost: int) -> None:
     """However much of the log's end is missing, all lines are there afterwards, once each and in order."""
