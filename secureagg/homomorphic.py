@@ -220,11 +220,9 @@ class SecretKey:
         """The 4,096 slots of a summed ciphertext; MalformedMessage naming ``who`` if it is none."""
         plaintext = _seal().Plaintext()
         self._decryptor.decrypt(self._bfv._load_summed(ciphertext, who=who), plaintext)
-        # SEAL leaves out zeros at the end.
-        slots = np.zeros(SLOTS, np.uint64)
-        count = plaintext.coeff_count()
-        slots[:count] = np.fromiter(map(plaintext.data, range(count)), np.uint64, count)
-        return slots
+        # SEAL leaves out zeros at the end; with them the time that reading takes does not tell how many there are.
+        plaintext.resize(SLOTS)
+        return np.fromiter(map(plaintext.data, range(SLOTS)), np.uint64, SLOTS)
 
 
 class CiphertextSum:

@@ -378,7 +378,7 @@ class Participant:
         if committed.keys() != secrets.keys() - {self._site}:
             raise MalformedMessage(self._who(f"{len(committed)} secret commitments, expected {len(secrets) - 1}"))
         for sender, commitment in committed.items():
-            # Stops a site that gives every other one another key.
+            # Stops a site that gives each other one another key: with an honest coordinator all see one commitment.
             if secret_commitment(self._parameters, sender, secrets[sender]) != commitment:
                 raise AuthenticationFailed(self._who(f"not the secret that {sender} committed to"))
 
