@@ -27,7 +27,7 @@ import msgspec
 
 from secureagg import labels
 from secureagg.aggregate import aggregate_of
-from secureagg.agreement import KeyPair, digest_key, encryption_key_seed, pairwise_mask_key, self_mask_key
+from secureagg.agreement import KeyPair, digest_key, pairwise_mask_key, self_mask_key
 from secureagg.codec import check_signature, encode
 from secureagg.commitments import COMMITMENTS_BYTES, check_share_commitments, secret_commitment, seed_commitment
 from secureagg.errors import (
@@ -39,7 +39,7 @@ from secureagg.errors import (
     ThresholdNotMet,
     UnexpectedMessage,
 )
-from secureagg.homomorphic import Bfv, CiphertextSum, SecretKey, SumReader, sum_digest, unmask_sum
+from secureagg.homomorphic import CiphertextSum, SumReader, round_key, sum_digest, unmask_sum
 from secureagg.identity import SiteId, verify
 from secureagg.keystream import Spread
 from secureagg.lanes import CANARY
@@ -629,8 +629,7 @@ class Coordinator:
     def _open(self, phase: Opening, secret: bytes, survivors: tuple[SiteId, ...]) -> Aggregate:
         """Decrypt the sum with the key that is made of ``secret``."""
         parameters = self._parameters
-        key = SecretKey(Bfv(parameters.slot_layout.slot_bits), encryption_key_seed(parameters, secret))
-        reader = SumReader(key, parameters.slot_layout)
+        reader = SumReader(round_key(parameters, secret), parameters.slot_layout)
         for chunk in phase.chunks:
             reader.take(chunk, who="coordinator, Opening")
         return aggregate_of(

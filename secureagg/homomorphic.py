@@ -32,10 +32,12 @@ from typing import Any, Final
 import numpy as np
 import numpy.typing as npt
 
+from secureagg.agreement import encryption_key_seed
 from secureagg.errors import LocalProtocolError, MalformedMessage, ParameterError
 from secureagg.keystream import Spread
 from secureagg.lanes import Words
 from secureagg.masking import MaskKey, apply_masks
+from secureagg.parameters import RoundParameters
 from secureagg.slots import (
     COEFFICIENT_MODULUS,
     FRESH_BYTES,
@@ -223,11 +225,9 @@ class SecretKey:
         """The 4,096 slots of a summed ciphertext; MalformedMessage naming ``who`` if it is none."""
         plaintext = _seal().Plaintext()
         self._decryptor.decrypt(self._bfv._load_summed(ciphertext, who=who), plaintext)
-        # SEAL leaves out zeros at the end.
-        slots = np.zeros(SLOTS, np.uint64)
-        count = plaintext.coeff_count()
-        slots[:count] = np.fromiter(map(plaintext.data, range(count)), np.uint64, count)
-        return slots
+        # SEAL leaves out zeros at the end; with them the time that reading takes does not tell how many there are.
+        plaintext.resize(SLOTS)
+        return np.fromiter(map(plaintext.data, range(SLOTS)), np.uint64, SLOTS)
 
 
 class CiphertextSum:
@@ -268,6 +268,11 @@ class CiphertextSum:
         if self._sums[number] is None:
             raise LocalProtocolError(f"ciphertext {number}: nothing was added to it yet")
         return self._sums[number]
+
+
+def round_key(parameters: RoundParameters, secret: bytes) -> SecretKey:
+    """The key that every site makes of the first sharer's ``secret``."""
+    return SecretKey(Bfv(parameters.slot_layout.slot_bits), encryption_key_seed(parameters, secret))
 
 
 def check_fresh(ciphertext: bytes | memoryview, *, who: str) -> None:

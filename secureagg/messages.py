@@ -59,7 +59,8 @@ class ShareDelivery(Message, frozen=True, tag="share-delivery", array_like=True,
 
 
 class MaskedInput(SiteMessage, frozen=True, tag="masked-input", array_like=True, kw_only=True):
-    """Message 2: the packed lanes under the sender's masks, cut into chunks; the signature covers the chunks' digests.
+    """Message 2: the lanes under the sender's masks, packed or encrypted, cut into chunks; the signature
+    covers the chunks' digests.
 
     The chunks travel as raw frames behind the message; they are empty in its encoding.  Without any, the message begins
     an upload, whose chunks follow one by one.
@@ -181,7 +182,7 @@ class KeyedDelivery(ShareDelivery, frozen=True, tag="keyed-delivery", array_like
 
 
 class EncryptedAggregate(Message, frozen=True, tag="encrypted-aggregate", array_like=True, kw_only=True):
-    """The sum of all ciphertexts, without masks, for the sites to open.
+    """The sum of all ciphertexts, without masks, for the sites to sign and then to open.
 
     Its chunks travel as raw frames behind the message, or one by one; they are empty in its encoding.
     """

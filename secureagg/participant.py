@@ -28,7 +28,7 @@ import msgspec
 
 from secureagg import labels
 from secureagg.aggregate import aggregate_of
-from secureagg.agreement import KeyPair, digest_key, encryption_key_seed, open_shares, seal_shares
+from secureagg.agreement import KeyPair, digest_key, open_shares, seal_shares
 from secureagg.codec import check_signature, encode, sign
 from secureagg.commitments import check_share_commitments, secret_commitment, seed_commitment, share_commitments
 from secureagg.encoding import EncodedInput
@@ -44,7 +44,7 @@ from secureagg.errors import (
     UnexpectedMessage,
 )
 from secureagg.graph import MOST_DEALERS_PER_NEIGHBOUR, draw_neighbours
-from secureagg.homomorphic import Bfv, SecretKey, SumReader, masked_and_encrypted
+from secureagg.homomorphic import SumReader, masked_and_encrypted, round_key
 from secureagg.identity import Entropy, Identity, SiteId, verify
 from secureagg.keystream import Spread, parts_of
 from secureagg.masking import SLOTS_LANE, masked_and_packed, masks_of_input
@@ -378,7 +378,7 @@ class Participant:
         if committed.keys() != secrets.keys() - {self._site}:
             raise MalformedMessage(self._who(f"{len(committed)} secret commitments, expected {len(secrets) - 1}"))
         for sender, commitment in committed.items():
-            # Stops a site that gives every other one another key.
+            # Stops a site that gives each other one another key: with an honest coordinator all see one commitment.
             if secret_commitment(self._parameters, sender, secrets[sender]) != commitment:
                 raise AuthenticationFailed(self._who(f"not the secret that {sender} committed to"))
 
@@ -407,7 +407,7 @@ class Participant:
                 self_seed=phase.self_seed,
                 secrets=phase.mask_secrets,
             )
-            key, layout = self._encryption_key(phase.encryption_secret), self._parameters.slot_layout
+            key, layout = round_key(self._parameters, phase.encryption_secret), self._parameters.slot_layout
             for ciphertext in masked_and_encrypted(key, layout, encoded.vectors, masks, spread=self._spread):
                 yield memoryview(ciphertext)
             return
@@ -515,7 +515,7 @@ class Participant:
 
     def _open_aggregate(self, phase: AwaitingAggregate, _message: EncryptedAggregate) -> _Step[OpeningAggregate]:
         """The encrypted sum begins to come; its chunks follow."""
-        reader = SumReader(self._encryption_key(phase.encryption_secret), self._parameters.slot_layout)
+        reader = SumReader(round_key(self._parameters, phase.encryption_secret), self._parameters.slot_layout)
         return OpeningAggregate(phase.survivors, phase.encryption_secret, reader), []
 
     def _sign_ciphertexts(self, phase: OpeningAggregate) -> _Step[AwaitingAgreement]:
@@ -598,10 +598,6 @@ class Participant:
         return Aborted(RoundAborted(self._who(f"the coordinator ended the round ({message.code[:64]!r})"))), []
 
     # --- helpers ---
-
-    def _encryption_key(self, secret: bytes) -> SecretKey:
-        """The round's key, which every sharer has."""
-        return SecretKey(Bfv(self._parameters.slot_layout.slot_bits), encryption_key_seed(self._parameters, secret))
 
     def _holders_and_dealers(
         self, advertisements: Mapping[SiteId, KeyAdvertisement]

@@ -145,8 +145,9 @@ class AwaitingAgreement:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class AwaitingReceipt:
-    """Shares are revealed; no secret is left.  ``survivors``: how many of the sites, whose shares were held, sent an
-    input; ``aggregate``: what this site opened, with the homomorphic backend."""
+    """Shares are revealed, and the sum is reported if the sites open it; no secret is left.  ``survivors``: how many of
+    the sites, whose shares were held, sent an input; ``aggregate``: what this site opened, with the homomorphic
+    backend."""
 
     survivors: int
     aggregate: "Aggregate | None" = None

@@ -204,7 +204,8 @@ def test_garbage_at_a_site(garbage: str, kind: type[ToSite]) -> None:
 @pytest.mark.parametrize("backend", ["homomorphic"], indirect=True)
 @pytest.mark.parametrize("garbage", GARBAGE)
 def test_garbage_in_place_of_the_agreement(garbage: str) -> None:
-    """The same for the signatures on the encrypted sum; what is no such sum is looked at in ``test_homomorphic.py``."""
+    """The same for the signatures on the encrypted sum; ``test_homomorphic_rounds.py`` looks at what is no
+    such sum."""
     check_garbage_at_a_site(garbage, AggregateAgreement)
 
 

@@ -82,7 +82,7 @@ def test_a_round_yields_the_survivors_sum_or_nothing(case: Case) -> None:
 
 
 @given(cases(HOMOMORPHIC_PHASES), st.sampled_from(["sites", "coordinator"]))
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=20, deadline=None)
 def test_the_backends_give_the_same(case: Case, release_to: str) -> None:
     """With the homomorphic backend, whoever is given the sum and whenever sites fall silent, the integers of the total
     are those of the masked backend, in which a site that would be silent while the sum is opened has done its part."""

@@ -1,6 +1,7 @@
 """Bytes and messages."""
 
 import typing
+from importlib.util import find_spec
 
 import msgspec
 import pytest
@@ -21,6 +22,10 @@ from secureagg.testing import CountingEntropy, run_round
 KEY = Identity.generate(CountingEntropy(5))
 TRANSCRIPT = run_round({name: [0.5, -0.5] for name in "abc"}, value_range=1.0, entropy=CountingEntropy(6)).transcript
 FRAMES = [frames for sent in TRANSCRIPT.values() for frames in sent]
+if find_spec("tenseal"):
+    for whom in ("sites", "coordinator"):
+        outcome = run_round({name: [0.5] for name in "abc"}, value_range=1.0, backend="homomorphic", release_to=whom)
+        FRAMES += outcome.transcript["a"]
 
 
 def test_a_round_has_five_kinds_of_site_messages() -> None:
@@ -90,6 +95,26 @@ def test_chunks_travel_behind_the_header_only() -> None:
     for frames in ([inside, b"x"], encode(masked)[:1], [*encode(masked), b"y"]):
         with pytest.raises(MalformedMessage):
             decode_from_site(frames)
+
+
+def test_chunks_of_an_encrypted_sum_travel_behind_the_header_only() -> None:
+    """An encrypted sum comes with any number of its chunks, the others following one by one; none is in its header."""
+    for chunks in ((), (b"x",), (b"x", b"y")):
+        aggregate = messages.EncryptedAggregate(context=b"c", chunks=chunks)
+        assert decode_from_coordinator(encode(aggregate)) == aggregate
+        assert len(encode(aggregate)) == 1 + len(chunks)
+    with pytest.raises(MalformedMessage, match="canonical"):
+        decode_from_coordinator([msgspec.msgpack.encode(aggregate)])
+
+
+def test_a_key_release_is_no_report() -> None:
+    """A report with a secret behind it is another message, and the signature of one is none of the other."""
+    report = sign(messages.AggregateReport(context=b"c", sender=SiteId("a"), aggregate_digest=b"d"), KEY)
+    release = messages.KeyRelease(**msgspec.structs.asdict(report), secret=b"s")
+    assert type(decode_from_site(encode(report))) is messages.AggregateReport
+    assert decode_from_site(encode(release)) == release
+    with pytest.raises(AuthenticationFailed):
+        check_signature(release, KEY.public_key)
 
 
 def test_chunks_that_follow_one_by_one() -> None:

@@ -102,7 +102,7 @@ def test_a_masked_input_and_its_upload(length: int, threads: int) -> None:
     assert found[0] <= (4 + threads) << 20 < packed
 
 
-@pytest.mark.parametrize("length", [1 << 20, 1 << 21])
+@pytest.mark.parametrize("length", [1 << 20, pytest.param(1 << 22, marks=pytest.mark.slow)])
 def test_ciphertexts_on_their_way(length: int) -> None:
     """With the homomorphic backend a site needs at most 1.5 times its ciphertexts, and the coordinator a block for each
     upload, however many there are; its running sum is SEAL's, which is not counted here.  A site that opens the sum

@@ -6,8 +6,11 @@ from support.rounds import StoppedRound
 
 from secureagg import LocalProtocolError, ParameterError, Participant, ThresholdNotMet, UnexpectedMessage
 from secureagg.messages import (
+    AggregateAgreement,
     CohortKeys,
+    EncryptedAggregate,
     EncryptedShares,
+    KeyedDelivery,
     MaskedInput,
     RoundFailed,
     RoundReceipt,
@@ -17,6 +20,8 @@ from secureagg.messages import (
 )
 from secureagg.phases import (
     Aborted,
+    AwaitingAggregate,
+    AwaitingAgreement,
     AwaitingCohortKeys,
     AwaitingInput,
     AwaitingReceipt,
@@ -24,6 +29,7 @@ from secureagg.phases import (
     AwaitingSurvivors,
     AwaitingUnmaskRequest,
     Created,
+    OpeningAggregate,
     ParticipantFinished,
 )
 from secureagg.testing import MemoryJournal
@@ -183,3 +189,56 @@ def test_same_entropy_same_bytes() -> None:
         assert first == second
         one.deliver(first)
         other.deliver(second)
+
+
+# --- with the homomorphic backend ---
+
+HOMOMORPHIC_KINDS = (
+    CohortKeys,
+    KeyedDelivery,
+    SurvivorList,
+    UnmaskRequest,
+    EncryptedAggregate,
+    AggregateAgreement,
+    RoundReceipt,
+)
+HOMOMORPHIC_PHASES = (*PHASES[:4], AwaitingAggregate, AwaitingAgreement, AwaitingReceipt)
+
+
+@pytest.mark.usefixtures("backend")
+@pytest.mark.parametrize("backend", ["homomorphic"], indirect=True)
+@pytest.mark.parametrize("reached", HOMOMORPHIC_KINDS, ids=lambda kind: kind.__name__)
+def test_the_order_of_homomorphic_messages(reached: type) -> None:
+    """There too each message moves the site to the next phase, any other one ends the round for it, and so does the end
+    that the coordinator puts to it."""
+    honest, before = StoppedRound(), {}
+    for kind, phase in zip(HOMOMORPHIC_KINDS, HOMOMORPHIC_PHASES, strict=True):
+        outbound = honest.until(kind)
+        assert type(honest.participants[honest.sites[0]].phase) is phase
+        before[kind] = outbound[honest.sites[0]]
+        honest.deliver(outbound)
+    assert type(honest.participants[honest.sites[0]].phase) is ParticipantFinished
+    failed = RoundFailed(context=honest.parameters.context, code="threshold-not-met")
+    for sent in (*(message for kind, message in before.items() if kind is not reached), failed):
+        stopped = StoppedRound()
+        stopped.until(reached)
+        participant = stopped.participants[stopped.sites[0]]
+        if sent is failed:
+            assert stopped.answers(stopped.sites[0], sent) == []
+        else:
+            with pytest.raises(UnexpectedMessage, match=r"participant site-000, \w+, from the coordinator"):
+                stopped.answers(stopped.sites[0], sent)
+        assert isinstance(participant.phase, Aborted)
+        assert participant._input is None
+
+
+def test_a_round_that_fails_while_the_sum_comes_in() -> None:
+    """Between two chunks of the encrypted sum, too, the coordinator may end the round."""
+    pytest.importorskip("tenseal")
+    stopped = StoppedRound(backend="homomorphic")
+    site = stopped.participants[stopped.sites[0]]
+    header = msgspec.structs.replace(stopped.until(EncryptedAggregate)[stopped.sites[0]], chunks=())
+    assert site.receive(header) == []
+    assert isinstance(site.phase, OpeningAggregate)
+    assert site.receive(RoundFailed(context=stopped.parameters.context, code="round-aborted")) == []
+    assert isinstance(site.phase, Aborted)

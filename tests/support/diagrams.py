@@ -11,7 +11,7 @@ from pathlib import Path
 
 from secureagg import coordinator, participant
 from secureagg.participant import Participant
-from secureagg.phases import Aborted, AwaitingInput, CollectingPhase, CoordinatorFinished, Created
+from secureagg.phases import Aborted, AwaitingInput, CoordinatorFinished, Created, OpeningAggregate
 
 DOCUMENT = Path(__file__).parents[2] / "docs" / "protocol.md"
 BEGIN, END = "<!-- diagrams: made by tests/support/diagrams.py -->\n", "<!-- end of diagrams -->\n"
@@ -30,13 +30,17 @@ def of_the_participant(table: Mapping[tuple[type, type], object]) -> str:
         if target(handler) != Aborted.__name__:
             lines.append(f"    {phase.__name__} --> {target(handler)}: {message.__name__}")
     lines.append(f"    {AwaitingInput.__name__} --> {target(Participant._send_masked_input)}: own input")
+    if any(phase is OpeningAggregate for phase, _ in table):
+        lines.append(f"    {OpeningAggregate.__name__} --> {target(Participant._sign_ciphertexts)}: last chunk")
     return diagram(lines, "ParticipantFinished")
 
 
 def of_the_coordinator(table: Iterable[tuple[type, type]]) -> str:
     """The coordinator's phases: what it collects in each, until all have answered or time is up."""
-    phases = [*typing.get_args(CollectingPhase), CoordinatorFinished]
-    collected = {phase: message.__name__ for phase, message in table}
+    collected: dict[type, str] = {}
+    for phase, message in table:
+        collected[phase] = f"{collected[phase]} or {message.__name__}" if phase in collected else message.__name__
+    phases = [*collected, CoordinatorFinished]
     lines = [f"    [*] --> {phases[0].__name__}"]
     for phase, following in pairwise(phases):
         lines.append(f"    {phase.__name__} --> {following.__name__}: each {collected[phase]}, or time is up")
@@ -56,7 +60,10 @@ def text() -> str:
         f"A site on the sparse graph:\n\n{of_the_participant(participant.SPARSE)}\n"
         "The coordinator on the complete graph; too few answers lead to `Aborted`:\n\n"
         f"{of_the_coordinator(coordinator.COMPLETE)}\n"
-        f"The coordinator on the sparse graph:\n\n{of_the_coordinator(coordinator.SPARSE)}\n{END}"
+        f"The coordinator on the sparse graph:\n\n{of_the_coordinator(coordinator.SPARSE)}\n"
+        f"A site with the homomorphic backend:\n\n{of_the_participant(participant.HOMOMORPHIC)}\n"
+        "The coordinator with the homomorphic backend; its last phase collects the one or the other, as the round says "
+        f"who is given the sum:\n\n{of_the_coordinator(coordinator.HOMOMORPHIC)}\n{END}"
     )
 
 

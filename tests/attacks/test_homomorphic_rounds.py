@@ -27,7 +27,16 @@ from secureagg import (
 from secureagg.agreement import digest_key, encryption_key_seed, open_shares, seal_shares
 from secureagg.codec import encode, sign
 from secureagg.commitments import secret_commitment
-from secureagg.homomorphic import Bfv, CiphertextSum, SecretKey, SumReader, mask_slots, masked_and_encrypted, sum_digest
+from secureagg.homomorphic import (
+    Bfv,
+    CiphertextSum,
+    SecretKey,
+    SumReader,
+    mask_slots,
+    masked_and_encrypted,
+    round_key,
+    sum_digest,
+)
 from secureagg.lanes import CANARY
 from secureagg.masking import SLOTS_LANE
 from secureagg.messages import (
@@ -66,11 +75,6 @@ pytestmark = [
 ]
 replace = msgspec.structs.replace
 FIRST, LIAR = SiteId("site-000"), SiteId("site-003")  # whose secret the key is made of, and who means harm
-
-
-def key_made_of(stopped: StoppedRound, secret: bytes) -> SecretKey:
-    """The key that whoever has ``secret`` makes of it."""
-    return SecretKey(Bfv(stopped.parameters.slot_layout.slot_bits), encryption_key_seed(stopped.parameters, secret))
 
 
 def secret_of(stopped: StoppedRound, site: SiteId) -> bytes:
@@ -120,7 +124,7 @@ def test_with_the_key_every_input_and_every_partial_sum_is_uniform() -> None:
     """
     stopped = StoppedRound()
     stopped.deliver(stopped.until(ShareDelivery))
-    key = key_made_of(stopped, secret_of(stopped, LIAR))
+    key = round_key(stopped.parameters, secret_of(stopped, LIAR))
     sent = [message.chunks[0] for _, message in stopped.pending]
     for size in range(1, len(sent) + 1):
         for some in combinations(sent, size):
@@ -132,7 +136,7 @@ def test_without_masks_the_key_reads_every_input() -> None:
     gives each site's update: that is what the test above can see."""
     stopped = StoppedRound()
     stopped.deliver(stopped.until(ShareDelivery))
-    key, layout = key_made_of(stopped, secret_of(stopped, LIAR)), stopped.parameters.slot_layout
+    key, layout = round_key(stopped.parameters, secret_of(stopped, LIAR)), stopped.parameters.slot_layout
     for site in stopped.sites:
         (bare,) = masked_and_encrypted(key, layout, stopped.inputs[site].vectors, [])
         slots = opened(stopped, key, [bare])
@@ -151,7 +155,7 @@ def test_with_the_key_the_coordinator_reads_the_aggregate_and_no_more() -> None:
     stopped = StoppedRound()
     stopped.deliver(stopped.until(ShareDelivery))
     sent = {site: message.chunks[0] for site, message in stopped.pending}
-    key, layout = key_made_of(stopped, secret_of(stopped, LIAR)), stopped.parameters.slot_layout
+    key, layout = round_key(stopped.parameters, secret_of(stopped, LIAR)), stopped.parameters.slot_layout
     stopped.deliver(stopped.until(UnmaskRequest))
     last, answer = stopped.pending.pop()
     for site, message in stopped.pending:
@@ -615,7 +619,7 @@ def test_no_site_tells_whether_a_guess_is_right() -> None:
     stopped = StoppedRound()
     secret = secret_of_all(stopped)
     messages = stopped.until(EncryptedAggregate)
-    key, layout = key_made_of(stopped, secret), stopped.parameters.slot_layout
+    key, layout = round_key(stopped.parameters, secret), stopped.parameters.slot_layout
     made = guesses(stopped, messages[FIRST], key.decrypt(messages[FIRST].chunks[0], who="control"))
     canaries = {
         name: int(layout.totals(sums_of(layout, key.decrypt(chunk, who="control")), survivors=4)[CANARY][0])
@@ -657,7 +661,7 @@ def test_a_guess_that_all_are_asked_costs_the_round() -> None:
     stopped = StoppedRound(release_to="coordinator")
     secret = secret_of_all(stopped)
     messages = stopped.until(EncryptedAggregate)
-    slots = key_made_of(stopped, secret).decrypt(messages[FIRST].chunks[0], who="control")
+    slots = round_key(stopped.parameters, secret).decrypt(messages[FIRST].chunks[0], who="control")
     wrong = guesses(stopped, messages[FIRST], slots)["wrong"]
     check_that_all_refuse(stopped, {site: replace(message, chunks=(wrong,)) for site, message in messages.items()})
 
