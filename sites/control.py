@@ -51,6 +51,13 @@ class StartRound(Control, frozen=True, tag="start-round", array_like=True, kw_on
     cohort: tuple[str, ...]
 
 
+class GivenUp(Control, frozen=True, tag="given-up", array_like=True, kw_only=True):
+    """Coordinator: this site is a dropout of a round that goes on; what it has not sent yet is of no use."""
+
+    run: str
+    round_number: int
+
+
 class FederationOver(Control, frozen=True, tag="federation-over", array_like=True, kw_only=True):
     """Coordinator: no further rounds; the payload is the final global model.  ``code``: "finished", or an error's."""
 
@@ -64,7 +71,7 @@ class Refused(Control, frozen=True, tag="refused", array_like=True, kw_only=True
 
 
 FromSite = Hello | Withdraw
-FromCoordinator = StartRound | FederationOver | Refused
+FromCoordinator = StartRound | GivenUp | FederationOver | Refused
 
 _Message = TypeVar("_Message", FromSite, FromCoordinator)
 

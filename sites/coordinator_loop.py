@@ -8,8 +8,10 @@ integers; what it learns are sums.
 import os
 import secrets
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from tempfile import TemporaryFile
@@ -28,10 +30,10 @@ from secureagg import (
 )
 from secureagg import codec as round_codec
 from secureagg.lanes import WEIGHT
-from secureagg.messages import RoundFailed
+from secureagg.messages import MaskedInput, RoundFailed
 from secureagg.phases import Aborted, CollectingMaskedInputs, CoordinatorFinished
 from sites import control
-from sites.control import FederationOver, Purpose, Refused, StartRound, Withdraw
+from sites.control import FederationOver, GivenUp, Purpose, Refused, StartRound, Withdraw
 from sites.errors import FederationFailed
 from sites.evaluation import Metrics, metrics_from_counts
 from sites.files import write_atomic
@@ -43,6 +45,9 @@ from transport import Delivery, Endpoint, PeerId, TransportError
 
 SAMPLE_BYTES: Final = 12  # of a masked input, kept in the record to show what the coordinator saw
 FAILURES_IN_A_ROW: Final = 3
+# Of one site, beside two uploads, and one more for each second; it needs one or two, and a hello each 2 s.
+MESSAGES_PER_PHASE: Final = 100
+TOO_MANY: Final = "too-many-messages"
 
 
 @dataclass(slots=True, kw_only=True)
@@ -136,8 +141,8 @@ class CoordinatorLoop:
             code = "finished"
         finally:
             over = control.encode(FederationOver(code=code, payload=self._model))
-            for site in self._present.copy():
-                self._send(site, over)
+            told = [PeerId(site) for site in self._present.copy() if self._send(site, over)]
+            self._endpoint.flush(told, patience=self._manifest.deadlines.phase_seconds)
             self._pool.shutdown()
         return records
 
@@ -209,7 +214,8 @@ class CoordinatorLoop:
         for site in parameters.cohort:
             if not self._send(site, start):
                 self._give_up(machine, record, [site])
-        self._drive(machine, record)
+        chunks = -(-parameters.packed_bytes // MaskedInput.CHUNK_BYTES)
+        self._drive(machine, record, most=MESSAGES_PER_PHASE + 2 * chunks)
         if isinstance(machine.phase, CoordinatorFinished):
             aggregate = machine.phase.aggregate
             record.survivors = aggregate.survivors
@@ -231,19 +237,31 @@ class CoordinatorLoop:
                 self._exclude(SiteId(error.blamed), error.code)
         return record, None
 
-    def _drive(self, machine: Coordinator, record: RoundRecord) -> None:
-        """Feed the machine until it ends; a phase that outlasts its deadline goes on with those who answered."""
+    def _drive(self, machine: Coordinator, record: RoundRecord, *, most: int) -> None:
+        """Feed the machine until it ends; a phase that outlasts its deadline goes on with those who answered.
+
+        ``most``: messages of one site that are looked at in a phase, beside one for each second.
+        """
         while not isinstance(machine.phase, CoordinatorFinished | Aborted):
             phase, began = machine.phase, time.monotonic()
+            heard: Counter[SiteId] = Counter()
             deadline = began + self._allowed_seconds(machine, record.purpose)
             while machine.phase is phase:
                 left = deadline - time.monotonic()
                 delivery = self._endpoint.receive(left) if left > 0 else None
                 if delivery is not None:
-                    self._take(machine, record, delivery)
+                    site = SiteId(str(delivery.peer))
+                    heard[site] += 1
+                    # Stops a site from keeping the others waiting with messages that are refused one by one.
+                    if heard[site] > most + time.monotonic() - began and site not in self._excluded:
+                        self._exclude(site, TOO_MANY)
+                        self._give_up(machine, record, [site])
+                    if site not in self._excluded:
+                        self._take(machine, record, delivery)
                 elif time.monotonic() >= deadline:
                     silent = machine.expected
                     self._note_dropped(machine, record, silent)
+                    self._tell_given_up(record, silent)
                     self._present -= silent
                     self._deliver(machine, record, machine.close_phase())
             record.seconds[type(phase).__name__] = time.monotonic() - began
@@ -302,7 +320,16 @@ class CoordinatorLoop:
     def _give_up(self, machine: Coordinator, record: RoundRecord, sites: Iterable[SiteId]) -> None:
         for site in sites:
             self._note_dropped(machine, record, [site])
+            if site not in self._excluded:
+                self._tell_given_up(record, [site])
             self._deliver(machine, record, machine.drop(site))
+
+    def _tell_given_up(self, record: RoundRecord, sites: Iterable[SiteId]) -> None:
+        """Tell those who can be reached, now or when they come back; they join the next round by themselves."""
+        message = control.encode(GivenUp(run=record.run, round_number=record.number))
+        for site in sites:
+            with suppress(TransportError):
+                self._endpoint.send(PeerId(site), message)
 
     @staticmethod
     def _note_dropped(machine: Coordinator, record: RoundRecord, sites: Iterable[SiteId]) -> None:

@@ -23,8 +23,9 @@ from sites.keys import load_keys
 from sites.manifest import Manifest
 from sites.model_state import model_digest
 from sites.participant_loop import Federation, RoundResult
+from sites.rounds import MEMORY_BYTES, transport_limits
 from sites.trainer import Trainer, trainer_for
-from transport import DealerEndpoint, Endpoint, Limits, PeerId, listen
+from transport import DealerEndpoint, Endpoint, PeerId, listen
 
 log = logging.getLogger("secureagg.site")
 
@@ -58,8 +59,12 @@ def run_coordinator(
     state: Path,
     report: Callable[[RoundRecord], None],
     notify: Callable[[str], None],
+    memory_bytes: int = MEMORY_BYTES,
 ) -> list[RoundRecord]:
-    """Coordinate one whole run of the consortium; the final model is in ``state``/model.safetensors."""
+    """Coordinate one whole run of the consortium; the final model is in ``state``/model.safetensors.
+
+    ``memory_bytes``: the most that messages under way may take, over all sites.
+    """
     manifest = Manifest.load(manifest_path)
     manifest.check()
     own = load_keys(keys)
@@ -72,7 +77,8 @@ def run_coordinator(
     if model_digest(model).hex() != manifest.model.initial_sha256:
         raise ConfigurationError(f"initial model {initial}: not the file whose SHA-256 {manifest_path} names")
     peers = {PeerId(site): card.transport_key for site, card in manifest.roster.items()}
-    with listen(manifest.coordinator.address, secret_key=own.transport_secret, peers=peers) as endpoint:
+    limits = transport_limits(manifest, memory_bytes=memory_bytes)
+    with listen(manifest.coordinator.address, secret_key=own.transport_secret, peers=peers, limits=limits) as endpoint:
         notify(f"listening at {manifest.coordinator.address} for {len(peers)} sites")
         loop = CoordinatorLoop(
             manifest=manifest, endpoint=endpoint, initial=model, state=state, report=report, notify=notify
@@ -152,7 +158,7 @@ class _FailingEndpoint(DealerEndpoint):
             site.manifest.coordinator.address,
             secret_key=site.keys.transport_secret,
             server_key=site.manifest.coordinator.card.transport_key,
-            limits=Limits(),
+            limits=transport_limits(site.manifest),
         )
         self._message = MESSAGE_OF_PHASE[phase]
         self._rounds_left = round_number

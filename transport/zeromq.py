@@ -108,6 +108,7 @@ class _ZmqEndpoint(ABC):
         self._closed = False
         self.bytes_received: dict[PeerId, int] = {}
         self.violations: dict[PeerId, int] = {}
+        self.rivals: dict[PeerId, int] = {}
 
     @property
     @abstractmethod
@@ -250,15 +251,11 @@ class _Route:
 
 
 class RouterEndpoint(_ZmqEndpoint):
-    """The coordinator's end.
-
-    ``rivals``: per peer how often somebody else came with its key while it was there; nobody is believed but the first.
-    """
+    """The coordinator's end."""
 
     def __init__(self, address: str, *, secret_key: bytes, peers: Mapping[PeerId, bytes], limits: Limits) -> None:
         self._peers = {z85.encode(key).decode(): peer for peer, key in peers.items()}
         self._routes: dict[PeerId, _Route] = {}
-        self.rivals: dict[PeerId, int] = {}
         count = max(1, len(peers))
         self._pool = CreditPool(limits.memory_bytes // 2, links=count, limits=limits)
         self._window = max(LEAST_WINDOW, min(WINDOW, limits.memory_bytes // 4 // count))
