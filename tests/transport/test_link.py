@@ -25,7 +25,9 @@ class World:
         self.total = total or least
         self.pool = CreditPool(self.total, links=SITES, limits=LIMITS)
         self.sites = [self._link(bytes([number]) * 16, UNKNOWN, None) for number in range(SITES)]
-        self.ends = [self._link(site.session, bytes([number + 9]) * 16, self.pool) for number, site in enumerate(self.sites)]
+        self.ends = [
+            self._link(site.session, bytes([number + 9]) * 16, self.pool) for number, site in enumerate(self.sites)
+        ]
         self.up: list[deque[list[bytes]]] = [deque() for _ in range(SITES)]
         self.down: list[deque[list[bytes]]] = [deque() for _ in range(SITES)]
         self.got: list[list[bytes]] = [[] for _ in range(SITES)]  # at the coordinator
