@@ -106,6 +106,7 @@ class CoordinatorLoop:
         self._run = secrets.token_hex(8)
         self._present: set[SiteId] = set()
         self._excluded: dict[SiteId, str] = {}  # for the rest of the run: site -> code of the error that proves it
+        self._told: dict[tuple[str, PeerId], int] = {}  # what the operator knows of refused intruders
         self._roster = manifest.roster
         self._pool = ThreadPoolExecutor(os.cpu_count(), thread_name_prefix="secureagg-masks")
 
@@ -132,6 +133,7 @@ class CoordinatorLoop:
                 with (self._state / "rounds.jsonl").open("ab") as log:
                     log.write(msgspec.json.encode(record) + b"\n")
                 self._report(record)
+                self._tell_of_intruders()
                 failures = 0 if aggregate is not None else failures + 1
                 if failures == FAILURES_IN_A_ROW or (aggregate is None and number > rounds):
                     raise FederationFailed(
@@ -359,6 +361,17 @@ class CoordinatorLoop:
             self._notify(str(error))
             return False
         return True
+
+    def _tell_of_intruders(self) -> None:
+        """Tell the operator what the transport has refused since the last time."""
+        for what, counts in (
+            ("another machine came with its transport key while it was there, and was refused", self._endpoint.rivals),
+            ("sent what breaks the rules of the transport, which was dropped", self._endpoint.violations),
+        ):
+            for peer, count in counts.items():
+                if count > self._told.get((what, peer), 0):
+                    self._told[what, peer] = count
+                    self._notify(f"{peer}: {what} ({count} times so far)")
 
     def _save_model(self) -> None:
         write_atomic(self._state / "model.safetensors", self._model)

@@ -196,7 +196,7 @@ class _ZmqEndpoint(ABC):
         confirmed, since = -1, time.monotonic()
         while True:
             self._tend()
-            late = frozenset(peer for peer, link in waited_for.items() if link.pending)
+            late = frozenset(peer for peer, link in waited_for.items() if link.pending and not self._has_left(peer))
             progress = sum(link.progress for link in waited_for.values()) - len(late)
             if progress > confirmed:
                 confirmed, since = progress, time.monotonic()
@@ -208,6 +208,10 @@ class _ZmqEndpoint(ABC):
     def _is_hopeless(self) -> bool:
         """Whether the connection has failed, so that there is nothing to wait for."""
         return False
+
+    @abstractmethod
+    def _has_left(self, peer: PeerId) -> bool:
+        """Whether ``peer`` has said goodbye, or is gone for so long that nobody need wait."""
 
     def close(self) -> None:
         """See ``Endpoint.close``."""
@@ -393,6 +397,15 @@ class RouterEndpoint(_ZmqEndpoint):
         """Whether the connection is not known to be gone."""
         return route.link.attached and self._send_frame(route.route, [route.link.frame(Kind.NEWS).packed])
 
+    def _has_left(self, peer: PeerId) -> bool:
+        route = self._routes.get(peer)
+        if route is None:
+            return True
+        if route.link.attached and not self._stands(route):
+            route.link.detach()
+            route.gone_since = time.monotonic()
+        return route.gone_since is not None and time.monotonic() - route.gone_since > LINGER_SECONDS
+
     def _close_sockets(self) -> None:
         standing = [peer for peer, route in self._routes.items() if route.link.attached]
         self.flush(standing, patience=LINGER_SECONDS)
@@ -447,6 +460,9 @@ class DealerEndpoint(_ZmqEndpoint):
         """See ``Endpoint.why_silent``."""
         self._watch()
         return self._silent
+
+    def _has_left(self, peer: PeerId) -> bool:
+        return False
 
     @property
     def _refused(self) -> bool:

@@ -1,4 +1,4 @@
-"""Federations over bad lines: slow, lossy, stalling, cut, copied.  Who is at the other end is in the sum all the same."""
+"""Federations over lines that are slow, lossy, stalled, cut or copied: who is there is in the sum all the same."""
 
 import time
 
@@ -35,8 +35,8 @@ def assert_everybody_in_each_sum(together: Together, rounds: int) -> None:
 
 
 def test_an_upload_goes_on_where_it_broke_off(tmp_path, monkeypatch) -> None:
-    """A site whose line is cut again and again while its masked input is on its way, in chunks of 64 KiB, is in the sum;
-    what is sent again is less than what was under way at each cut."""
+    """A site whose line is cut again and again while its masked input is on its way is in the sum; what is sent again
+    is less than what was under way at each cut."""
     monkeypatch.setattr(MaskedInput, "CHUNK_BYTES", 64 << 10)
     cuts = (100_000, 400_000, 700_000, 1_000_000)
     faults = Faults(cuts=cuts, bytes_per_second=2_000_000)
@@ -63,9 +63,9 @@ def test_a_slow_and_lossy_line(tmp_path) -> None:
     together = Together(
         tmp_path,
         rounds=1,
-        initial=model_of(50_000),
+        initial=model_of(20_000),
         deadlines=PATIENT,
-        through={"d": slow_and_lossy(7, cuts=(60_000,))},
+        through={"d": slow_and_lossy(7, cuts=(30_000,))},
     ).run()
     assert_everybody_in_each_sum(together, 1)
     assert together.lines["d"].lost > 0
@@ -115,7 +115,8 @@ def test_a_stall_beyond_the_deadline(tmp_path) -> None:
         deadlines=msgspec.structs.replace(PATIENT, phase_seconds=3.0),
         through={"d": Faults(stalls=((1_600, 5.0),))},
         programs={"a": waiting_for_d},
-    ).run()
+    )
+    together.run()
     assert together.failure is None
     assert together.errors == {}
     assert ["".join(record.survivors) for record in together.records] == ["abc", "abc", "abcd", "abcd"]

@@ -12,6 +12,7 @@ from sites.control import (
     HEADER_BYTES,
     ROUND,
     FederationOver,
+    GivenUp,
     Hello,
     Refused,
     StartRound,
@@ -33,6 +34,7 @@ FROM_SITE = [
 FROM_COORDINATOR = [
     StartRound(run="run", round_number=3, purpose="train", cohort=("a", "b", "c"), payload=MODEL),
     StartRound(run="run", round_number=4, purpose="evaluate", cohort=(), payload=b""),
+    GivenUp(run="run", round_number=4),
     FederationOver(code="finished", payload=MODEL),
     Refused(code="manifest"),
 ]

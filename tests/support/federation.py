@@ -161,7 +161,7 @@ class Together:
         self._initial = initial
         self.endpoint: Endpoint | None = None
         self.names = list(names)
-        self._programs = {name: moving(name) for name in names} | dict(programs or {})
+        self.programs = {name: moving(name) for name in names} | dict(programs or {})
         self._evaluate, self._late = dict(evaluate or {}), dict(late or {})
         self._wrap = {
             name: lambda real, _site, how=how: SilentFrom(real, how[0], round_number=how[1])
@@ -225,7 +225,7 @@ class Together:
                 federation = Federation(site, endpoint=self._endpoint(site, stack), evaluate=self._evaluate.get(name))
                 try:
                     with federation:
-                        self._programs[name](federation)
+                        self.programs[name](federation)
                 finally:
                     self.history[name] = federation.history
                     with suppress(Exception):

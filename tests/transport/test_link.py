@@ -105,7 +105,7 @@ class World:
 
     def run(self) -> None:
         """Until nothing moves any more."""
-        while any([self.step(number) for number in range(SITES)]):
+        while sum(self.step(number) for number in range(SITES)):
             pass
 
 

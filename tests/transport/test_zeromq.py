@@ -16,7 +16,7 @@ from zmq.utils.monitor import parse_monitor_message
 import transport
 from transport import COORDINATOR, AddressUnusable, Delivery, Limits, PeerId, PeerUnreachable
 from transport.envelope import split
-from transport.link import FRAME_BYTES, UNKNOWN, Frame, Kind
+from transport.link import UNKNOWN, Frame, Kind
 
 ANNA, BERT = PeerId("anna"), PeerId("bert")
 LOOPBACK = "tcp://127.0.0.1:0"
