@@ -34,10 +34,12 @@ _HANDSHAKE_BYTES: Final = 1024  # CURVE's own commands stay below 300
 _HIGHEST_PORT: Final = 65535
 _NOT_YET: Final = "not connected yet"
 LINGER_SECONDS: Final = 3
+PROBE_SECONDS: Final = 0.5  # between two looks whether a connection stands
 HANDSHAKE_SECONDS: Final = 15  # of a connection that has not got further; a slow link takes one or two
 FIRST_WAIT_SECONDS: Final = 0.2  # before the second attempt to connect
 MOST_WAIT_SECONDS: Final = 10.0
 GRACE_SECONDS: Final = 30.0  # for a site to come back while messages for it are still taken
+HEARTBEAT_MILLISECONDS: Final = 5000
 STALL_SECONDS: Final = 20.0  # without a byte, while others wait, until a site's credit is taken back
 TEND_MILLISECONDS: Final = 100  # most of a wait in which nothing but messages is looked at
 TEND_SECONDS: Final = TEND_MILLISECONDS / 1000
@@ -132,12 +134,7 @@ class _ZmqEndpoint(ABC):
         # libzmq drops a connection that sends a larger frame before buffering it; CURVE adds a few bytes to each.
         largest = max(self._limits.chunk_bytes + _CURVE_BYTES, _HANDSHAKE_BYTES)
         socket.setsockopt(zmq.MAXMSGSIZE, largest)
-        # A send never blocks the loop; how much is under way, the links decide.  What a peer sends without credit
-        # waits in its kernel's buffers beyond a few chunks.
-        socket.sndhwm, socket.rcvhwm = 0, 16
-        # A dead connection is noticed within 15 s, by libzmq's own thread, whatever this process is busy with.
-        socket.setsockopt(zmq.HEARTBEAT_IVL, 5000)
-        socket.setsockopt(zmq.HEARTBEAT_TIMEOUT, 15000)
+        socket.sndhwm = 0  # a send never blocks the loop; how much is under way, the links decide
         socket.setsockopt(zmq.HANDSHAKE_IVL, HANDSHAKE_SECONDS * 1000)
         return socket
 
@@ -246,12 +243,14 @@ class _Admission:
 
 @dataclass(slots=True)
 class _Route:
-    """A peer's link, libzmq's name of its connection, since when that is gone, and when bytes last arrived."""
+    """A peer's link, libzmq's name of its connection, since when that is gone, when bytes last arrived, and when it was
+    last looked whether the connection stands."""
 
     link: Link
     route: bytes
     gone_since: float | None = None
     active: float = 0.0
+    probed: float = 0.0
 
 
 class RouterEndpoint(_ZmqEndpoint):
@@ -265,6 +264,8 @@ class RouterEndpoint(_ZmqEndpoint):
         self._window = max(LEAST_WINDOW, min(WINDOW, limits.memory_bytes // 4 // count))
         super().__init__(secret_key=secret_key, limits=limits)
         self._socket = self._new_socket(zmq.ROUTER)
+        # What a peer sends without credit waits in its kernel's buffers beyond a few chunks.
+        self._socket.rcvhwm = 16
         self._authenticator = ThreadAuthenticator(self._context)
         self._authenticator.start()
         # Stops strangers: their handshake ends before a byte of theirs is read.
@@ -401,10 +402,13 @@ class RouterEndpoint(_ZmqEndpoint):
         route = self._routes.get(peer)
         if route is None:
             return True
-        if route.link.attached and not self._stands(route):
-            route.link.detach()
-            route.gone_since = time.monotonic()
-        return route.gone_since is not None and time.monotonic() - route.gone_since > LINGER_SECONDS
+        now = time.monotonic()
+        if route.link.attached and now - route.probed > PROBE_SECONDS:
+            route.probed = now
+            if not self._stands(route):
+                route.link.detach()
+                route.gone_since = now
+        return route.gone_since is not None and now - route.gone_since > LINGER_SECONDS
 
     def _close_sockets(self) -> None:
         standing = [peer for peer, route in self._routes.items() if route.link.attached]
@@ -478,6 +482,13 @@ class DealerEndpoint(_ZmqEndpoint):
         """Begin a new connection."""
         self._socket = socket = self._new_socket(zmq.DEALER)
         socket.curve_serverkey = z85.encode(self._server_key)
+        # A dead connection is noticed within 15 s by libzmq's own threads at both ends, whatever the processes are busy
+        # with.  Only this end pings: where libzmq 4.3 both pings and has stopped reading because ``rcvhwm`` is reached,
+        # a connection that breaks makes it abort the process (stream_engine_base.cpp, `!_io_error`).
+        socket.setsockopt(zmq.HEARTBEAT_IVL, HEARTBEAT_MILLISECONDS)
+        socket.setsockopt(zmq.HEARTBEAT_TIMEOUT, 3 * HEARTBEAT_MILLISECONDS)
+        socket.setsockopt(zmq.HEARTBEAT_TTL, 3 * HEARTBEAT_MILLISECONDS)
+        socket.rcvhwm = 0
         socket.reconnect_ivl = 3_600_000  # not by libzmq: see `Backoff`
         self._monitor = socket.get_monitor_socket(_EVENTS)
         self._due = time.monotonic() + HANDSHAKE_SECONDS

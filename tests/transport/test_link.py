@@ -251,8 +251,9 @@ def test_a_wish_beyond_the_largest_message() -> None:
     world = World()
     wish = Frame(Kind.NEWS, world.sites[0].session, UNKNOWN, wanted=1 << 60, backlog=1 << 60)
     world.ends[0].take(wish, ())
-    assert world.ends[0]._granted <= INITIAL_CREDIT + LIMITS.message_bytes
+    assert world.ends[0]._granted == INITIAL_CREDIT + LIMITS.message_bytes
     world.check()
+    assert not world.pool.anybody_waits
 
 
 def test_a_pool_too_small() -> None:
