@@ -97,7 +97,7 @@ def test_copied_connections(tmp_path) -> None:
     assert together.endpoint.violations == together.endpoint.rivals == {}
 
 
-def test_a_stall_beyond_the_deadline(tmp_path) -> None:
+def test_a_stall_beyond_the_deadline(tmp_path, caplog) -> None:
     """A site whose line stalls for longer than a phase lasts is a dropout of that round, is told so, and takes part in
     a later one by itself."""
 
@@ -122,6 +122,7 @@ def test_a_stall_beyond_the_deadline(tmp_path) -> None:
     assert ["".join(record.survivors) for record in together.records] == ["abc", "abc", "abcd", "abcd"]
     assert together.records[0].dropped.keys() == {"d"}
     assert together.lines["d"].connections == 1
+    assert "round 1: too late for the coordinator" in caplog.text
     assert [(entry.number, entry.result) for entry in together.history["d"]] == [
         (1, "unfinished"),
         (3, "finished"),
