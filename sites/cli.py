@@ -244,12 +244,21 @@ def coordinator(
     keys: Annotated[Path, typer.Option(help="The coordinator's private keys.")],
     initial: Annotated[Path, typer.Option(help="safetensors file of the model to start from.")],
     state: Annotated[Path, typer.Option(help="Folder for the model and the log of rounds.")] = Path("coordinator"),
+    memory: Annotated[int, typer.Option(min=1, help="MiB that messages under way may take, over all sites.")] = 256,
 ) -> None:
     """Coordinate one training run; ends after the last round."""
     from sites.programs import run_coordinator  # noqa: PLC0415
 
     _log_to_stderr()
-    run_coordinator(manifest, keys=keys, initial=initial, state=state, report=_print_round, notify=_say)
+    run_coordinator(
+        manifest,
+        keys=keys,
+        initial=initial,
+        state=state,
+        report=_print_round,
+        notify=_say,
+        memory_bytes=memory << 20,
+    )
     _say(f"finished; the model is {state / 'model.safetensors'}")
 
 

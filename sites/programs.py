@@ -2,6 +2,7 @@
 
 import logging
 import os
+import resource
 import time
 from collections.abc import Callable, Sequence
 from contextlib import closing
@@ -77,6 +78,7 @@ def run_coordinator(
     if model_digest(model).hex() != manifest.model.initial_sha256:
         raise ConfigurationError(f"initial model {initial}: not the file whose SHA-256 {manifest_path} names")
     peers = {PeerId(site): card.transport_key for site, card in manifest.roster.items()}
+    allow_many_connections()
     limits = transport_limits(manifest, memory_bytes=memory_bytes)
     with listen(manifest.coordinator.address, secret_key=own.transport_secret, peers=peers, limits=limits) as endpoint:
         notify(f"listening at {manifest.coordinator.address} for {len(peers)} sites")
@@ -84,6 +86,12 @@ def run_coordinator(
             manifest=manifest, endpoint=endpoint, initial=model, state=state, report=report, notify=notify
         )
         return loop.run()
+
+
+def allow_many_connections() -> None:
+    """Raise this process's limit of open files as far as it may: silent connections of strangers take one each."""
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 
 
 def run_site(

@@ -1,5 +1,7 @@
 """Whoever is not admitted, comes twice, or floods the coordinator does not disturb a running round."""
 
+import subprocess
+import sys
 import time
 from collections.abc import Sequence
 from contextlib import ExitStack
@@ -100,3 +102,20 @@ def test_a_site_that_floods(tmp_path) -> None:
     assert together.errors.keys() == {"d"}
     assert ["".join(record.survivors) for record in together.records] == ["abc"] * 3
     assert sum(together.records[0].seconds.values()) < PATIENT.phase_seconds
+
+
+LIMITED = """
+import resource
+from sites.programs import allow_many_connections
+
+_, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+resource.setrlimit(resource.RLIMIT_NOFILE, (256, hard))
+allow_many_connections()
+assert resource.getrlimit(resource.RLIMIT_NOFILE) == (hard, hard)
+"""
+
+
+def test_many_connections_are_allowed() -> None:
+    """The coordinator's program takes as many descriptors as it may have, so that silent connections use up none that
+    it needs."""
+    subprocess.run([sys.executable, "-c", LIMITED], check=True, timeout=100)

@@ -169,6 +169,7 @@ class Together:
         } | dict(wrap or {})
         self._through = dict(through or {})
         self.lines: dict[str, FaultyLink] = {}
+        self.patience = 120.0  # seconds for each program to end
         self._coordinate = coordinator or self._run_coordinator
         self._report = report
         self.records: list[RoundRecord] = []
@@ -185,7 +186,7 @@ class Together:
         for thread in threads:
             thread.start()
         for thread in threads:
-            thread.join(timeout=120)
+            thread.join(timeout=self.patience)
         assert not any(thread.is_alive() for thread in threads), "a program has not ended"
         return self
 
