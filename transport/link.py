@@ -238,8 +238,9 @@ class Link:
         )
 
     @property
-    def _confirmed_messages_end(self) -> int:
-        return self._sent[0][0] if self._sent else 0
+    def _oldest(self) -> int:
+        """Where the first message begins that the peer has not confirmed as a whole."""
+        return next((held[0][0] for held in (self._sent, self._waiting) if held), self._end)
 
     def _drop_delivered(self, delivered: int) -> None:
         while self._sent and self._sent[0][0] + self._sent[0][1].total <= min(delivered, self._cursor):
@@ -266,7 +267,7 @@ class Link:
         if frame.delivered > frame.received or frame.received > self._furthest:
             raise MalformedFrame(f"{self._who}: confirms {frame.received} bytes, {self._furthest} were sent")
         if frame.kind in (Kind.REWIND, Kind.RESUME):
-            if frame.received < self._confirmed_messages_end:
+            if frame.received < self._oldest:
                 raise MalformedFrame(f"{self._who}: wants {frame.received} again, which it has confirmed")
             self._rewind(frame)
         else:

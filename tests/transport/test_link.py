@@ -314,3 +314,38 @@ def test_arbitrary_parts(parts) -> None:
     """Any parts are a frame or MalformedFrame."""
     with suppress(MalformedFrame):
         assert read_frame(parts, who="peer").packed == parts[0]
+
+
+def test_what_was_confirmed_is_not_sent_again() -> None:
+    """A peer that wants bytes again of a message that it has confirmed is refused, and nothing changes."""
+    world = World()
+    world.connect(0)
+    site = world.sites[0]
+    for index in range(2):
+        site.queue([message(1_000, index)])
+    world.run()
+    site.queue([message(1_000, 2)])
+    back = Frame(Kind.REWIND, site.session, site.epoch, allowed=INITIAL_CREDIT)
+    with pytest.raises(MalformedFrame, match="wants 0 again, which it has confirmed"):
+        site.take(back, ())
+    world.run()
+    assert len(world.got[0]) == 3
+
+
+@pytest.mark.parametrize("lost", [0, 3, 5])
+def test_a_frame_that_was_dropped(lost: int) -> None:
+    """When a frame is missing within a connection, the receiver asks once for what is missing and takes nothing else
+    before; all arrives once and in order."""
+    world = World()
+    world.connect(0)
+    world.run()
+    for index in range(4):
+        world.sites[0].queue([message(12_000, index)])
+    for _ in range(lost):
+        world.step(0)
+    dropped = world.sites[0].outgoing()
+    assert dropped is not None
+    assert dropped[0][0] == Kind.DATA
+    world.run()
+    assert [int.from_bytes(one[:4], "little") for one in world.got[0]] == [0, 1, 2, 3]
+    assert world.sites[0].pending == 0
