@@ -349,3 +349,16 @@ def test_a_frame_that_was_dropped(lost: int) -> None:
     world.run()
     assert [int.from_bytes(one[:4], "little") for one in world.got[0]] == [0, 1, 2, 3]
     assert world.sites[0].pending == 0
+
+
+def test_no_more_under_way_than_the_window() -> None:
+    """However much credit there is, no more leaves than the window before the peer confirms some of it."""
+    world = World()
+    world.connect(0)
+    world.run()
+    site = world.sites[0]
+    site.queue([message(3 * WINDOW, 0)])
+    under_way = 0
+    while (parts := site.outgoing()) is not None:
+        under_way += len(parts[2])
+    assert under_way == WINDOW
