@@ -8,7 +8,7 @@ import subprocess
 import sys
 import threading
 import time
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 
 import pytest
 import zmq
@@ -221,7 +221,8 @@ def test_without_curve(hospital, kind):
     """A plain socket without CURVE gets nothing through, and listed sites are not disturbed."""
     coordinator = hospital.listen()
     raw, monitor = hospital.raw(coordinator.address, kind=kind)
-    raw.send_multipart(chunks(b"in the clear")[0])
+    with suppress(zmq.Again):  # it may be refused already, and has nowhere to queue then
+        raw.send_multipart(chunks(b"in the clear")[0], zmq.DONTWAIT)
     assert refused(monitor, coordinator)
     assert (coordinator.bytes_received, coordinator.violations) == ({}, {})
     passes(hospital.connect(coordinator.address, ANNA), coordinator, ANNA)
@@ -703,3 +704,18 @@ def test_a_full_queue_and_a_broken_connection():
         [sys.executable, "-c", FULL_AND_GONE], capture_output=True, text=True, timeout=60, check=False
     )
     assert (done.stdout, done.stderr) == ("alive\n", "")
+
+
+def test_nothing_is_sent_twice_over_a_first_connection(hospital):
+    """What leaves before the coordinator has answered for the first time is on its way, and is not sent again."""
+    coordinator = hospital.listen(limits=Limits())
+    site = hospital._stack.enter_context(
+        transport.connect(
+            coordinator.address, secret_key=hospital.keys[ANNA][1], server_key=hospital.server_key, limits=Limits()
+        )
+    )
+    site.send(COORDINATOR, [bytes(30_000)])
+    assert arrival(coordinator, site).peer == ANNA
+    passes(site, coordinator, ANNA)
+    assert site.pending(COORDINATOR) == 0
+    assert site.bytes_sent_again == {}
