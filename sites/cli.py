@@ -1,4 +1,4 @@
-"""The command line: `secureagg keygen | consortium | coordinator | site | audit | ledger | budget | data | demo`.
+"""The command line `secureagg`: keygen, consortium, coordinator, status, site, doctor, audit, ledger, budget, data, demo.
 
 Every failure that a user can cause is one sentence on standard error and exit status 1; a wrong option is status 2.
 What takes seconds to import is imported inside the command that needs it.
@@ -291,13 +291,21 @@ def coordinator(
     new_run: Annotated[
         bool, typer.Option("--new-run", help="Begin anew, even if a run in that folder was interrupted.")
     ] = False,
+    memory: Annotated[int, typer.Option(min=1, help="MiB that messages under way may take, over all sites.")] = 256,
 ) -> None:
     """Coordinate one training run; ends after the last round.  After a crash it goes on with that run."""
     from sites.programs import MODEL, run_coordinator  # noqa: PLC0415
 
     _log_to_stderr()
     run_coordinator(
-        manifest, keys=keys, initial=initial, state=state, new_run=new_run, report=_print_round, notify=_say
+        manifest,
+        keys=keys,
+        initial=initial,
+        state=state,
+        new_run=new_run,
+        report=_print_round,
+        notify=_say,
+        memory_bytes=memory << 20,
     )
     model = state / MODEL
     _say(f"finished; the model is {model}" if model.exists() else "finished; the sites have the model, nobody else")
@@ -335,6 +343,26 @@ def site(
     summary = run_site(config, report=_say, stop_answering=None if stop_answering is None else stop_at(stop_answering))
     spent = "no differential privacy" if summary.epsilon is None else f"epsilon {summary.epsilon:.3f} spent so far"
     _say(f"finished; {summary.patients} patients, {spent} at delta {summary.delta:g}")
+
+
+@app.command(epilog=_example("secureagg doctor SITE.toml"))
+def doctor(
+    config: Annotated[Path, typer.Argument(help="The site's configuration.")],
+    patience: Annotated[float, typer.Option(min=0.1, max=600, help="Seconds to wait for the coordinator.")] = 10.0,
+) -> None:
+    """Check what can be wrong before a run: versions, keys, manifest, clock, coordinator; status 1 if something is."""
+    from rich.table import Table  # noqa: PLC0415
+
+    from sites.doctor import examine  # noqa: PLC0415
+
+    table = Table("", "check", "found", "what to do")
+    findings = examine(config, patience=patience)
+    for finding in findings:
+        mark = "[green]good[/green]" if finding.good else "[bold red]BAD[/bold red]"
+        table.add_row(mark, finding.check, escape(finding.found), escape(finding.advice))
+    out.print(table)
+    if bad := [finding.check for finding in findings if not finding.good]:
+        _fail(f"{config}: {len(bad)} of {len(findings)} checks are bad: {', '.join(bad)}")
 
 
 @app.command(epilog=_example("secureagg demo --epsilon 2 --drop va:CollectingMaskedInputs --json result.json"))

@@ -74,6 +74,13 @@ class ModelCopy(Control, frozen=True, tag="model-copy", array_like=True, kw_only
     signature: bytes
 
 
+class GivenUp(Control, frozen=True, tag="given-up", array_like=True, kw_only=True):
+    """Coordinator: this site is a dropout of a round that goes on; what it has not sent yet is of no use."""
+
+    run: str
+    round_number: int
+
+
 class FederationOver(Control, frozen=True, tag="federation-over", array_like=True, kw_only=True):
     """Coordinator: no further rounds; the payload is the final global model, or ``model_name`` its name where the sites
     hold it.  ``code``: "finished", or an error's."""
@@ -89,7 +96,7 @@ class Refused(Control, frozen=True, tag="refused", array_like=True, kw_only=True
 
 
 FromSite = Hello | Withdraw | CopyRequest | ModelCopy
-FromCoordinator = StartRound | FederationOver | Refused | CopyRequest | ModelCopy
+FromCoordinator = StartRound | GivenUp | FederationOver | Refused | CopyRequest | ModelCopy
 
 _Message = TypeVar("_Message", FromSite, FromCoordinator)
 

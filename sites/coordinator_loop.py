@@ -9,9 +9,10 @@ model, and all it knows of it is a name (see ``held_model``).
 import os
 import secrets
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing
+from contextlib import closing, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from tempfile import TemporaryFile
@@ -30,10 +31,10 @@ from secureagg import (
 )
 from secureagg import codec as round_codec
 from secureagg.lanes import WEIGHT
-from secureagg.messages import RoundFailed, RoundReceipt
+from secureagg.messages import MaskedInput, RoundFailed, RoundReceipt
 from secureagg.phases import Aborted, CollectingMaskedInputs, CoordinatorFinished
 from sites import control
-from sites.control import CopyRequest, FederationOver, Hello, ModelCopy, Purpose, Refused, StartRound, Withdraw
+from sites.control import CopyRequest, FederationOver, GivenUp, Hello, ModelCopy, Purpose, Refused, StartRound, Withdraw
 from sites.errors import FederationFailed
 from sites.evaluation import Metrics
 from sites.files import write_atomic
@@ -51,6 +52,9 @@ FAILURES_IN_A_ROW: Final = 3
 FINISHED: Final = "finished"
 STATUS: Final = "status.json"
 INTERRUPTED: Final = "interrupted"  # the coordinator went away in this round
+# Of one site, beside two uploads, and one more for each second; it needs one or two, and a hello each 2 s.
+MESSAGES_PER_PHASE: Final = 100
+TOO_MANY: Final = "too-many-messages"
 
 
 @dataclass(slots=True, kw_only=True)
@@ -136,6 +140,7 @@ class CoordinatorLoop:
         self._new_run = new_run
         self._present: set[SiteId] = set()
         self._excluded: dict[SiteId, str] = {}  # for the rest of the run: site -> code of the error that proves it
+        self._told: dict[tuple[str, PeerId], int] = {}  # what the operator knows of refused intruders
         self._roster = manifest.roster
         self._pool = ThreadPoolExecutor(os.cpu_count(), thread_name_prefix="secureagg-masks")
 
@@ -213,6 +218,7 @@ class CoordinatorLoop:
             self._last = record
             self._write_status(number)
             self._report(record)
+            self._tell_of_intruders()
             failures = 0 if aggregate is not None else failures + 1
             if failures == FAILURES_IN_A_ROW or (aggregate is None and number > rounds):
                 raise FederationFailed(
@@ -251,8 +257,8 @@ class CoordinatorLoop:
         self._bring_up_to_date()
         name = self._name if self._held_by_sites else b""
         over = control.encode(FederationOver(code=code, model_name=name, payload=self._model))
-        for site in self._present.copy():
-            self._send(site, over)
+        told = [PeerId(site) for site in self._present.copy() if self._send(site, over)]
+        self._endpoint.flush(told, patience=self._manifest.deadlines.phase_seconds)
 
     # --- presence ---
 
@@ -377,7 +383,8 @@ class CoordinatorLoop:
         for site in parameters.cohort:
             if not self._send(site, start):
                 self._give_up(machine, record, [site])
-        self._drive(machine, record)
+        chunks = -(-parameters.input_bytes // MaskedInput.CHUNK_BYTES)
+        self._drive(machine, record, most=MESSAGES_PER_PHASE + 2 * chunks)
         if isinstance(machine.phase, CoordinatorFinished):
             aggregate = machine.phase.aggregate
             record.survivors = aggregate.survivors
@@ -394,20 +401,32 @@ class CoordinatorLoop:
                 self._exclude(SiteId(error.blamed), error.code)
         return record, None
 
-    def _drive(self, machine: Coordinator, record: RoundRecord) -> None:
-        """Feed the machine until it ends; a phase that outlasts its deadline goes on with those who answered."""
+    def _drive(self, machine: Coordinator, record: RoundRecord, *, most: int) -> None:
+        """Feed the machine until it ends; a phase that outlasts its deadline goes on with those who answered.
+
+        ``most``: messages of one site that are looked at in a phase, beside one for each second.
+        """
         while not isinstance(machine.phase, CoordinatorFinished | Aborted):
             phase, began = machine.phase, time.monotonic()
             self._write_status(record.number, machine)
+            heard: Counter[SiteId] = Counter()
             deadline = began + self._allowed_seconds(machine, record.purpose)
             while machine.phase is phase:
                 left = deadline - time.monotonic()
                 delivery = self._endpoint.receive(left) if left > 0 else None
                 if delivery is not None:
-                    self._take(machine, record, delivery)
+                    site = SiteId(str(delivery.peer))
+                    heard[site] += 1
+                    # Stops a site from keeping the others waiting with messages that are refused one by one.
+                    if heard[site] > most + time.monotonic() - began and site not in self._excluded:
+                        self._exclude(site, TOO_MANY)
+                        self._give_up(machine, record, [site])
+                    if site not in self._excluded:
+                        self._take(machine, record, delivery)
                 elif time.monotonic() >= deadline:
                     silent = machine.expected
                     self._note_dropped(machine, record, silent)
+                    self._tell_given_up(record, silent)
                     self._present -= silent
                     self._deliver(machine, record, machine.close_phase())
             record.seconds[type(phase).__name__] = time.monotonic() - began
@@ -470,7 +489,16 @@ class CoordinatorLoop:
     def _give_up(self, machine: Coordinator, record: RoundRecord, sites: Iterable[SiteId]) -> None:
         for site in sites:
             self._note_dropped(machine, record, [site])
+            if site not in self._excluded:
+                self._tell_given_up(record, [site])
             self._deliver(machine, record, machine.drop(site))
+
+    def _tell_given_up(self, record: RoundRecord, sites: Iterable[SiteId]) -> None:
+        """Tell those who can be reached, now or when they come back; they join the next round by themselves."""
+        message = control.encode(GivenUp(run=record.run, round_number=record.number))
+        for site in sites:
+            with suppress(TransportError):
+                self._endpoint.send(PeerId(site), message)
 
     @staticmethod
     def _note_dropped(machine: Coordinator, record: RoundRecord, sites: Iterable[SiteId]) -> None:
@@ -500,6 +528,17 @@ class CoordinatorLoop:
             self._notify(str(error))
             return False
         return True
+
+    def _tell_of_intruders(self) -> None:
+        """Tell the operator what the transport has refused since the last time."""
+        for what, counts in (
+            ("another machine came with its transport key while it was there, and was refused", self._endpoint.rivals),
+            ("sent what breaks the rules of the transport, which was dropped", self._endpoint.violations),
+        ):
+            for peer, count in counts.items():
+                if count > self._told.get((what, peer), 0):
+                    self._told[what, peer] = count
+                    self._notify(f"{peer}: {what} ({count} times so far)")
 
     def _save_model(self) -> None:
         write_atomic(self._state / "model.safetensors", self._model)

@@ -43,14 +43,14 @@ from secureagg.messages import ToCoordinator
 from secureagg.phases import Aborted, ParticipantFinished
 from sites import control
 from sites.config import OpenSite, open_site
-from sites.control import CopyRequest, FederationOver, Hello, ModelCopy, Purpose, Refused, StartRound, Withdraw
+from sites.control import CopyRequest, FederationOver, GivenUp, Hello, ModelCopy, Purpose, Refused, StartRound, Withdraw
 from sites.errors import ConfigurationError, FederationFailed, ManifestError, SiteError
 from sites.evaluation import Metrics, count_correct, score_histogram
 from sites.held_model import HeldModel
 from sites.journal import SqliteJournal
 from sites.manifest_log import note_manifest
 from sites.model_state import State, model_digest
-from sites.rounds import CORRECT, HISTOGRAM, TOTAL, UPDATE, metrics_of, model_spec, round_parameters
+from sites.rounds import CORRECT, HISTOGRAM, TOTAL, UPDATE, metrics_of, model_spec, round_parameters, transport_limits
 from transport import COORDINATOR, Endpoint, PeerUnreachable, TransportError, connect
 
 if TYPE_CHECKING:
@@ -342,6 +342,7 @@ class _Session:
                 site.manifest.coordinator.address,
                 secret_key=site.keys.transport_secret,
                 server_key=site.manifest.coordinator.card.transport_key,
+                limits=transport_limits(site.manifest),
             )
         self._thread.start()
 
@@ -444,6 +445,11 @@ class _Session:
         match control.decode_from_coordinator(frames[1:]):
             case StartRound() as start:
                 self._begin(start)
+            case GivenUp(run=run, round_number=number):
+                task = self._task
+                if task is not None and (task.parameters.run, task.parameters.round_number) == (run, number):
+                    log.warning("round %d: too late for the coordinator, which goes on without this site", number)
+                    self._leave_round("unfinished")
             case FederationOver() as over:
                 self._end_round("unfinished")
                 with self._changed:
@@ -467,7 +473,7 @@ class _Session:
     def _begin(self, start: StartRound) -> None:
         """Build the round from this site's own manifest and roster, and advertise keys; refuse what they do not
         allow."""
-        self._end_round("unfinished")
+        self._leave_round("unfinished")
         site = self.site
         try:
             vector, digest = self._model_of(start)
@@ -561,6 +567,12 @@ class _Session:
         else:
             self._send_round(participant.submit(encoded))
 
+    def _leave_round(self, result: str) -> None:
+        """End the round without the coordinator; what waits to be sent must not hold up the next one."""
+        if self._task is not None:
+            self._connection.discard_waiting(COORDINATOR)
+        self._end_round(result)
+
     def _finish_round(self, phase: ParticipantFinished) -> None:
         aggregate, task = phase.aggregate, self._task
         training = task is not None and task.purpose == "train"
@@ -601,9 +613,12 @@ class _Session:
         self._send(Withdraw(run=run, round_number=number, leaving=leaving))
 
     def _say_hello(self) -> None:
-        """Tell the coordinator every few seconds that this site is there: it may have come later, or lost us."""
+        """Tell the coordinator every few seconds that this site is there: it may have come later, or given it up.
+
+        Not while something else waits to be heard, so that nothing piles up over a connection that is slow or gone.
+        """
         now = time.monotonic()
-        if now >= self._hello_due:
+        if now >= self._hello_due and not self._connection.pending(COORDINATOR):
             self._hello_due = now + HELLO_SECONDS
             self._send(Hello(manifest_digest=self.site.manifest.digest))
 

@@ -2,6 +2,7 @@
 
 import logging
 import os
+import resource
 import time
 from collections.abc import Callable, Sequence
 from contextlib import closing
@@ -24,9 +25,9 @@ from sites.keys import load_keys
 from sites.manifest import Manifest
 from sites.model_state import model_digest
 from sites.participant_loop import Federation, RoundResult
-from sites.rounds import model_spec
+from sites.rounds import MEMORY_BYTES, model_spec, transport_limits
 from sites.trainer import Trainer, trainer_for
-from transport import DealerEndpoint, Endpoint, Limits, PeerId, listen
+from transport import DealerEndpoint, Endpoint, PeerId, listen
 
 log = logging.getLogger("secureagg.site")
 
@@ -62,9 +63,13 @@ def run_coordinator(
     new_run: bool = False,
     report: Callable[[RoundRecord], None],
     notify: Callable[[str], None],
+    memory_bytes: int = MEMORY_BYTES,
 ) -> list[RoundRecord]:
     """Coordinate one whole run of the consortium, or go on with one that was interrupted; the final model is in
-    ``state``/model.safetensors."""
+    ``state``/model.safetensors.
+
+    ``memory_bytes``: the most that messages under way may take, over all sites.
+    """
     manifest = Manifest.load(manifest_path)
     manifest.check()
     if manifest.policy.backend == "homomorphic":
@@ -79,7 +84,9 @@ def run_coordinator(
     if model_digest(model).hex() != manifest.model.initial_sha256:
         raise ConfigurationError(f"initial model {initial}: not the file whose SHA-256 {manifest_path} names")
     peers = {PeerId(site): card.transport_key for site, card in manifest.roster.items()}
-    with listen(manifest.coordinator.address, secret_key=own.transport_secret, peers=peers) as endpoint:
+    allow_many_connections()
+    limits = transport_limits(manifest, memory_bytes=memory_bytes)
+    with listen(manifest.coordinator.address, secret_key=own.transport_secret, peers=peers, limits=limits) as endpoint:
         notify(f"listening at {manifest.coordinator.address} for {len(peers)} sites")
         loop = CoordinatorLoop(
             manifest=manifest,
@@ -91,6 +98,12 @@ def run_coordinator(
             notify=notify,
         )
         return loop.run()
+
+
+def allow_many_connections() -> None:
+    """Raise this process's limit of open files as far as it may: silent connections of strangers take one each."""
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 
 
 def run_site(
@@ -168,7 +181,7 @@ class _FailingEndpoint(DealerEndpoint):
             site.manifest.coordinator.address,
             secret_key=site.keys.transport_secret,
             server_key=site.manifest.coordinator.card.transport_key,
-            limits=Limits(),
+            limits=transport_limits(site.manifest),
         )
         self._message = MESSAGE_OF_PHASE[phase]
         self._rounds_left = round_number

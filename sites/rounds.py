@@ -12,16 +12,30 @@ from sites.control import Purpose
 from sites.evaluation import Metrics, metrics_from_counts
 from sites.manifest import Manifest
 from sites.model_state import ModelSpec
+from transport import Limits
 
 UPDATE: Final = "update"
 CORRECT: Final = "correct"
 TOTAL: Final = "total"
 HISTOGRAM: Final = "histogram"
+MEMORY_BYTES: Final = 256 << 20  # of messages under way at the coordinator
+_BESIDE_THE_MODEL: Final = 8 << 20  # the largest of all other messages, and the names of a model's tensors
 
 
 def model_spec(manifest: Manifest) -> ModelSpec:
     """The tensors that this consortium trains."""
     return ModelSpec(tuple((tensor.name, tuple(tensor.shape)) for tensor in manifest.model.tensors))
+
+
+def transport_limits(manifest: Manifest, *, memory_bytes: int = MEMORY_BYTES) -> Limits:
+    """The limits of messages that the consortium needs: the model is the largest, and goes to the sites only, but where
+    they hold it, with two vectors that the server optimizer remembers, and give it to each other."""
+    names = sum(2000 + len(tensor.name) for tensor in manifest.model.tensors)
+    model = 4 * model_spec(manifest).length + names
+    if manifest.policy.release_to == "sites":
+        most = 3 * model + _BESIDE_THE_MODEL
+        return Limits(message_bytes=most, to_site_bytes=most, memory_bytes=memory_bytes)
+    return Limits(to_site_bytes=model + _BESIDE_THE_MODEL, memory_bytes=memory_bytes)
 
 
 def round_parameters(

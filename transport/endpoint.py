@@ -26,7 +26,8 @@ class Delivery:
 class Endpoint(Protocol):
     """One end of the transport.  All methods belong to one thread.
 
-    ``bytes_sent`` and ``bytes_received``: per peer, framing included.
+    What was sent arrives once and in order, also when the connection breaks in between and comes back.
+    ``bytes_sent`` and ``bytes_received``: per peer, with the headers of chunks, each chunk counted once.
     """
 
     @property
@@ -38,14 +39,22 @@ class Endpoint(Protocol):
         """Bytes received so far, per peer."""
 
     @property
+    def bytes_sent_again(self) -> Mapping[PeerId, int]:
+        """Bytes that had to be sent once more after a connection broke, per peer."""
+
+    @property
+    def rivals(self) -> Mapping[PeerId, int]:
+        """Per peer how often another machine came with its key and was refused."""
+
+    @property
     def violations(self) -> Mapping[PeerId, int]:
         """Per peer how many of its messages were dropped because they broke the framing or a limit."""
 
     def send(self, peer: PeerId, frames: Sequence[bytes | memoryview]) -> None:
-        """Queue one message for ``peer``.
+        """Queue one message for ``peer``; bytes are kept by reference until the peer has confirmed them.
 
-        Raises PeerUnreachable without a connection or when closed, FrameTooLarge beyond the limits, MalformedFrame for
-        no frames at all.
+        Raises PeerUnreachable for a peer that has not connected, has left or is gone for long, or when closed,
+        FrameTooLarge beyond the limits, MalformedFrame for no frames at all.
         """
 
     def receive(self, timeout: float) -> Delivery | None:
@@ -54,8 +63,20 @@ class Endpoint(Protocol):
     def why_silent(self) -> str | None:
         """Why nothing can arrive at present, in a sentence; None if the connection stands or nothing is known."""
 
+    def pending(self, peer: PeerId) -> int:
+        """How many messages ``peer`` has not confirmed."""
+
+    def discard_waiting(self, peer: PeerId) -> int:
+        """Forget the messages for ``peer`` that have not begun to leave; how many."""
+
+    def flush(self, peers: Iterable[PeerId], *, patience: float) -> frozenset[PeerId]:
+        """Wait until ``peers`` have confirmed everything, or none of them takes anything for ``patience`` seconds.
+
+        Returns those that have not; messages that arrive meanwhile are dropped.
+        """
+
     def close(self) -> None:
-        """Let what is queued go out, for a few seconds at most, and close; may be called twice."""
+        """Let what is queued go out while peers take it, and close; may be called twice."""
 
     def __enter__(self) -> Self: ...
 
@@ -100,7 +121,9 @@ class MemoryEndpoint:
         self._closed = False
         self.bytes_sent: dict[PeerId, int] = {}
         self.bytes_received: dict[PeerId, int] = {}
+        self.bytes_sent_again: dict[PeerId, int] = {}
         self.violations: dict[PeerId, int] = {}
+        self.rivals: dict[PeerId, int] = {}
 
     def send(self, peer: PeerId, frames: Sequence[bytes | memoryview]) -> None:
         """See ``Endpoint.send``."""
@@ -129,6 +152,21 @@ class MemoryEndpoint:
     def why_silent(self) -> str | None:
         """See ``Endpoint.why_silent``."""
         return None
+
+    def pending(self, peer: PeerId) -> int:
+        """See ``Endpoint.pending``."""
+        del peer  # a queue confirms at once
+        return 0
+
+    def discard_waiting(self, peer: PeerId) -> int:
+        """See ``Endpoint.discard_waiting``."""
+        del peer
+        return 0
+
+    def flush(self, peers: Iterable[PeerId], *, patience: float) -> frozenset[PeerId]:
+        """See ``Endpoint.flush``."""
+        del peers, patience
+        return frozenset()
 
     def close(self) -> None:
         """See ``Endpoint.close``."""

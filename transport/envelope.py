@@ -5,13 +5,15 @@ A message is one byte stream, cut into chunks:
     stream  number of frames (4 bytes), length of each (8 bytes each), the frames
     chunk   message number (8), offset in the stream (8), length of the stream (8), the bytes from offset
 
-all little-endian.  A chunk with offset 0 begins a message, so a peer that reconnects simply begins again; every other
-chunk must continue where the last one ended.
+all little-endian.  A chunk with offset 0 begins a message; every other chunk must continue where the last one ended.
+Which chunks come at all, and again after a connection broke, is up to ``transport.link``.
 """
 
 import struct
+from bisect import bisect_right
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import accumulate
 from typing import Final
 
 from transport.errors import FrameTooLarge, MalformedFrame
@@ -24,44 +26,60 @@ HEADER_BYTES: Final = _HEADER.size
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Limits:
-    """What a peer may send: bytes of a chunk, bytes and frames of a whole message."""
+    """What a peer may send: bytes of a chunk, bytes and frames of a whole message.
 
-    chunk_bytes: int = 1 << 20
-    message_bytes: int = 256 << 20
+    ``message_bytes``: of a message to the coordinator; ``to_site_bytes``: of one to a site, the same by default.
+    ``memory_bytes``: the most that the coordinator's end holds of messages under way, over all sites together.
+    """
+
+    chunk_bytes: int = 1 << 18
+    message_bytes: int = 8 << 20
     frames: int = 4096
+    to_site_bytes: int | None = None
+    memory_bytes: int = 256 << 20
+
+    @property
+    def of_site(self) -> "Limits":
+        """What the coordinator may send to a site, as the limits of a receiver."""
+        return self if self.to_site_bytes is None else replace(self, message_bytes=self.to_site_bytes)
+
+
+class Outgoing:
+    """A message that waits to be sent, held by reference: any of its chunks can be made at any time, also again.
+
+    Raises FrameTooLarge if it exceeds ``limits``, MalformedFrame if it has no frame.  ``total``: bytes of its stream.
+    """
+
+    def __init__(self, frames: Sequence[bytes | memoryview], *, number: int, limits: Limits) -> None:
+        # A frame that is not ``bytes`` may change before it leaves.
+        held = [frame if isinstance(frame, bytes) else bytes(memoryview(frame)) for frame in frames]
+        table = _COUNT.pack(len(held)) + b"".join(_LENGTH.pack(len(frame)) for frame in held)
+        self.total = len(table) + sum(map(len, held))
+        if not held:
+            raise MalformedFrame("message: no frames, expected at least one")
+        if len(held) > limits.frames:
+            raise FrameTooLarge(f"message: {len(held)} frames, expected at most {limits.frames}")
+        if self.total > limits.message_bytes:
+            raise FrameTooLarge(f"message: {self.total} bytes, expected at most {limits.message_bytes}")
+        self._number = number
+        self._pieces = [memoryview(piece) for piece in (table, *held) if piece]
+        self._ends = list(accumulate(map(len, self._pieces)))
+
+    def chunk(self, offset: int, size: int) -> tuple[bytes, bytes]:
+        """The chunk of at most ``size`` bytes at ``offset`` of the stream, as (header, bytes)."""
+        parts: list[memoryview] = []
+        place, at = bisect_right(self._ends, offset), offset
+        while size > 0 and place < len(self._pieces):
+            start = at - (self._ends[place] - len(self._pieces[place]))
+            parts.append(self._pieces[place][start : start + size])
+            at, size, place = at + len(parts[-1]), size - len(parts[-1]), place + 1
+        return _HEADER.pack(self._number, offset, self.total), b"".join(parts)
 
 
 def split(frames: Sequence[bytes | memoryview], *, number: int, limits: Limits) -> Iterator[tuple[bytes, bytes]]:
-    """The chunks of a message, each as (header, bytes), copied from ``frames`` one by one.
-
-    Raises FrameTooLarge before the first if the message exceeds ``limits``, MalformedFrame if it has no frame.
-    """
-    table = _COUNT.pack(len(frames)) + b"".join(_LENGTH.pack(memoryview(frame).nbytes) for frame in frames)
-    total = len(table) + sum(memoryview(frame).nbytes for frame in frames)
-    if not frames:
-        raise MalformedFrame("message: no frames, expected at least one")
-    if len(frames) > limits.frames:
-        raise FrameTooLarge(f"message: {len(frames)} frames, expected at most {limits.frames}")
-    if total > limits.message_bytes:
-        raise FrameTooLarge(f"message: {total} bytes, expected at most {limits.message_bytes}")
-    return _chunks([table, *frames], number, total, limits.chunk_bytes)
-
-
-def _chunks(frames: Sequence[bytes | memoryview], number: int, total: int, size: int) -> Iterator[tuple[bytes, bytes]]:
-    offset, room = 0, size
-    pieces: list[memoryview] = []
-    for frame in frames:
-        view = memoryview(frame)
-        rest = view.cast("B") if view.nbytes else view  # no empty view can be cast
-        while rest:
-            pieces.append(rest[:room])
-            rest = rest[room:]
-            room -= len(pieces[-1])
-            if not room:
-                yield _HEADER.pack(number, offset, total), b"".join(pieces)
-                offset, room, pieces = offset + size, size, []
-    if pieces:
-        yield _HEADER.pack(number, offset, total), b"".join(pieces)
+    """The chunks of a message in order, each as (header, bytes); raises as ``Outgoing`` does, before the first."""
+    message = Outgoing(frames, number=number, limits=limits)
+    return (message.chunk(offset, limits.chunk_bytes) for offset in range(0, message.total, limits.chunk_bytes))
 
 
 class Reassembler:
@@ -69,6 +87,10 @@ class Reassembler:
 
     def __init__(self, limits: Limits) -> None:
         self._limits = limits
+        self._reset()
+
+    def drop(self) -> None:
+        """Forget what there is of a message."""
         self._reset()
 
     def _reset(self) -> None:

@@ -435,7 +435,7 @@ def test_header_above_the_cap_is_not_parsed() -> None:
 @pytest.mark.parametrize("total", [100, 256 << 20, (256 << 20) + 1, (1 << 64) - 1])
 def test_announced_chunks(total: int) -> None:
     """A chunk of a few bytes that announces a large message, many frames or a long one costs next to nothing."""
-    one = Reassembler(Limits())
+    one = Reassembler(Limits(message_bytes=256 << 20))
     table = struct.pack("<IQ", 4096, (1 << 64) - 1)
     with at_most(1 << 16):
         for count in range(50):

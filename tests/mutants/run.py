@@ -1,4 +1,4 @@
-"""Delete each check of the protocol core and of the privacy budget in turn, and see a test go red.
+"""Delete each check of the protocol core, of the transport and of the privacy budget in turn, and see a test go red.
 
     make mutants        or, for some of them:  .venv/bin/python tests/mutants/run.py participant codec
 
@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
-PACKAGES = ("secureagg", "dp")
+PACKAGES = ("secureagg", "dp", "transport")
 CORE_TESTS = ["tests/attacks", "tests/secureagg"]
 # A file of dp/ -> the files of tests/dp that are to notice; those of its own name, if it is not here.
 TESTS = {
@@ -83,7 +83,7 @@ def tests_of(file: Path) -> list[str]:
     """The tests that are to notice what happens to a file."""
     if file.parts[0] == "dp":
         return [f"tests/dp/test_{name}.py" for name in TESTS.get(file.stem, file.stem).split()]
-    return CORE_TESTS
+    return ["tests/transport"] if file.parts[0] == "transport" else CORE_TESTS
 
 
 def survives(mutant: Mutant) -> bool:

@@ -13,6 +13,7 @@ from sites.control import (
     ROUND,
     CopyRequest,
     FederationOver,
+    GivenUp,
     Hello,
     ModelCopy,
     Refused,
@@ -39,6 +40,7 @@ FROM_SITE = [
 FROM_COORDINATOR = [
     StartRound(run="run", round_number=3, purpose="train", cohort=("a", "b", "c"), payload=MODEL),
     StartRound(run="run", round_number=4, purpose="evaluate", cohort=(), payload=b""),
+    GivenUp(run="run", round_number=4),
     FederationOver(code="finished", payload=MODEL),
     Refused(code="manifest"),
     StartRound(run="run", round_number=3, purpose="train", cohort=("a", "b", "c"), model_name=bytes(32)),

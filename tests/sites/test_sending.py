@@ -1,7 +1,11 @@
 """What the participant loop does with a masked input: header first, then chunk by chunk, each given free at once."""
 
+import threading
 import tracemalloc
 from collections.abc import Sequence
+from types import SimpleNamespace
+
+import pytest
 
 from secureagg import SiteId
 from secureagg.codec import decode_from_site, encode
@@ -63,3 +67,43 @@ def test_chunks_are_sent_in_order_and_given_free() -> None:
     for place, in_use in enumerate(endpoint.in_use[2:]):
         assert in_use < (CHUNKS - place) * SIZE + SIZE // 2
     assert encode(before) == encode(endpoint.headers[0])
+
+
+class Discarding:
+    """An endpoint that only notes that what waits was to be forgotten."""
+
+    def __init__(self) -> None:
+        self.discarded = 0
+
+    def discard_waiting(self, _peer: PeerId) -> int:
+        """Note it."""
+        self.discarded += 1
+        return 0
+
+
+@pytest.mark.parametrize(("number", "left"), [(3, True), (2, False), (4, False)])
+def test_given_up(number: int, left: bool) -> None:
+    """A site that is told that a round goes on without it leaves exactly that round, and what still waits to be sent
+    does not hold up the next one."""
+    session = _Session.__new__(_Session)
+    session._endpoint = endpoint = Discarding()
+    session._changed, session.history, session._participant = threading.Condition(), [], None
+    session._task = task = SimpleNamespace(parameters=SimpleNamespace(run="run", round_number=3), purpose="train")
+    session._take(tuple(control.encode(control.GivenUp(run="run", round_number=number))))
+    assert endpoint.discarded == left
+    assert session._task is (None if left else task)
+    assert [entry.result for entry in session.history] == ["unfinished"] * left
+
+
+@pytest.mark.parametrize(("waiting", "due", "said"), [(1, 0.0, 0), (0, 1e18, 0), (0, 0.0, 1)])
+def test_no_hello_while_something_waits(waiting: int, due: float, said: int) -> None:
+    """Hello is said when it is due and nothing else waits to be heard: over a dead line nothing piles up."""
+    heard: list[bytes] = []
+    session = _Session.__new__(_Session)
+    session._endpoint = SimpleNamespace(
+        pending=lambda _peer: waiting, send=lambda _peer, frames: heard.append(frames[0])
+    )
+    session.site = SimpleNamespace(manifest=SimpleNamespace(digest=bytes(32)))
+    session._hello_due = due
+    session._say_hello()
+    assert heard == [control.CONTROL] * said

@@ -3,7 +3,7 @@
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from pathlib import Path
 
 import msgspec
@@ -18,7 +18,9 @@ from sites.coordinator_loop import CoordinatorLoop, RoundRecord
 from sites.demo import free_port
 from sites.participant_loop import Evaluate, Federation, RoundResult
 from sites.recipe import DEADLINES, ENCODING, PRIVACY, TRAINING
+from sites.rounds import transport_limits
 from support.consortium import Consortium, make_consortium
+from support.faulty_link import Faults, FaultyLink
 from transport import Endpoint, PeerId, connect, listen
 
 PLAIN = msgspec.structs.replace(PRIVACY, mode="none")
@@ -134,11 +136,13 @@ class Together:
         *,
         names: Sequence[str] = ("a", "b", "c", "d"),
         rounds: int = 2,
+        initial: bytes = INITIAL,
         programs: Mapping[str, Program] | None = None,
         fails: Mapping[str, tuple[type[ToCoordinator], int]] | None = None,
         evaluate: Mapping[str, Evaluate] | None = None,
         late: Mapping[str, threading.Event] | None = None,
         wrap: Mapping[str, Callable[[Endpoint, OpenSite], object]] | None = None,
+        through: Mapping[str, Faults] | None = None,
         coordinator: Callable[[Consortium], None] | None = None,
         report: Callable[[RoundRecord], None] = lambda _record: None,
         **tables: msgspec.Struct,
@@ -152,15 +156,20 @@ class Together:
         }
         self.folder = folder
         self.consortium = make_consortium(
-            folder, names=names, address=f"tcp://127.0.0.1:{free_port()}", initial=INITIAL, **changes
+            folder, names=names, address=f"tcp://127.0.0.1:{free_port()}", initial=initial, **changes
         )
+        self._initial = initial
+        self.endpoint: Endpoint | None = None
         self.names = list(names)
-        self._programs = {name: moving(name) for name in names} | dict(programs or {})
+        self.programs = {name: moving(name) for name in names} | dict(programs or {})
         self._evaluate, self._late = dict(evaluate or {}), dict(late or {})
         self._wrap = {
             name: lambda real, _site, how=how: SilentFrom(real, how[0], round_number=how[1])
             for name, how in (fails or {}).items()
         } | dict(wrap or {})
+        self._through = dict(through or {})
+        self.lines: dict[str, FaultyLink] = {}
+        self.patience = 120.0  # seconds for each program to end
         self._coordinate = coordinator or self._run_coordinator
         self._report = report
         self.records: list[RoundRecord] = []
@@ -177,7 +186,7 @@ class Together:
         for thread in threads:
             thread.start()
         for thread in threads:
-            thread.join(timeout=120)
+            thread.join(timeout=self.patience)
         assert not any(thread.is_alive() for thread in threads), "a program has not ended"
         return self
 
@@ -196,11 +205,13 @@ class Together:
             self.records.append(record)
             self._report(record)
 
-        with listen(manifest.coordinator.address, secret_key=secret, peers=peers) as endpoint:
+        limits = transport_limits(manifest)
+        with listen(manifest.coordinator.address, secret_key=secret, peers=peers, limits=limits) as endpoint:
+            self.endpoint = endpoint
             CoordinatorLoop(
                 manifest=manifest,
                 endpoint=endpoint,
-                initial=INITIAL,
+                initial=self._initial,
                 state=self.folder / "state",
                 report=report,
                 notify=self.said.append,
@@ -211,24 +222,33 @@ class Together:
             assert self._late[name].wait(60)
         try:
             site = open_site(self.consortium.site_configs[name])
-            endpoint = None
-            if name in self._wrap:
-                real = connect(
-                    site.manifest.coordinator.address,
-                    secret_key=site.keys.transport_secret,
-                    server_key=site.manifest.coordinator.card.transport_key,
-                )
-                endpoint = self._wrap[name](real, site)
-            federation = Federation(site, endpoint=endpoint, evaluate=self._evaluate.get(name))
-            try:
-                with federation:
-                    self._programs[name](federation)
-            finally:
-                self.history[name] = federation.history
-                with suppress(Exception):
-                    self.final[name] = federation.final_state
+            with ExitStack() as stack:
+                federation = Federation(site, endpoint=self._endpoint(site, stack), evaluate=self._evaluate.get(name))
+                try:
+                    with federation:
+                        self.programs[name](federation)
+                finally:
+                    self.history[name] = federation.history
+                    with suppress(Exception):
+                        self.final[name] = federation.final_state
         except Exception as error:
             self.errors[name] = error
+
+    def _endpoint(self, site: OpenSite, stack: ExitStack) -> object:
+        """A site's endpoint where it is not the usual one: over a bad line, or wrapped."""
+        if site.name not in self._wrap | self._through:
+            return None
+        address = site.manifest.coordinator.address
+        if site.name in self._through:
+            self.lines[site.name] = stack.enter_context(FaultyLink(address, self._through[site.name]))
+            address = self.lines[site.name].address
+        real = connect(
+            address,
+            secret_key=site.keys.transport_secret,
+            server_key=site.manifest.coordinator.card.transport_key,
+            limits=transport_limits(site.manifest),
+        )
+        return self._wrap[site.name](real, site) if site.name in self._wrap else real
 
 
 def expected_model(survivors: Sequence[Sequence[str]]) -> float:

@@ -1,9 +1,11 @@
 """What every ``Endpoint`` promises, checked on the in-memory twin and on ZeroMQ alike."""
 
+import threading
 import time
 from contextlib import ExitStack
 
 import pytest
+from support.pumping import arrival
 
 import transport
 from transport import (
@@ -128,12 +130,12 @@ def test_a_message_in_chunks(world):
         for frames in ([b"before"], [b"", large, b"tail"], [b"after"]):
             sender.send(to, frames)
         assert receiver.receive(PATIENCE) == Delivery(name, (b"before",))
-        arrived = receiver.receive(PATIENCE)
+        arrived = arrival(receiver, sender)
         # Not one comparison of deliveries: a failure would print 5 MB.
         assert (arrived.peer, len(arrived.frames)) == (name, 3)
         assert (arrived.frames[0], arrived.frames[2]) == (b"", b"tail")
         assert (arrived.frames[1] == large) is True
-        assert receiver.receive(PATIENCE) == Delivery(name, (b"after",))
+        assert arrival(receiver, sender) == Delivery(name, (b"after",))
 
 
 def test_order_per_peer(world):
@@ -144,7 +146,7 @@ def test_order_per_peer(world):
             one.site(name).send(COORDINATOR, [str(number).encode(), bytes(5 * number)])
     seen = {ANNA: [], BERT: []}
     for _ in range(2 * count):
-        delivery = one.coordinator.receive(PATIENCE)
+        delivery = arrival(one.coordinator, one.site(ANNA), one.site(BERT))
         seen[delivery.peer].append(delivery.frames)
     expected = [(str(number).encode(), bytes(5 * number)) for number in range(count)]
     assert seen == {ANNA: expected, BERT: expected}
@@ -161,7 +163,7 @@ def test_order_to_sites(world):
             one.coordinator.send(name, [name.encode(), bytes(5 * number)])
     for name, site in sites.items():
         for number in range(count):
-            assert site.receive(PATIENCE) == Delivery(COORDINATOR, (name.encode(), bytes(5 * number)))
+            assert arrival(site, one.coordinator) == Delivery(COORDINATOR, (name.encode(), bytes(5 * number)))
         assert site.receive(0.05) is None
 
 
@@ -259,13 +261,29 @@ def test_close_twice(world):
 
 
 def test_what_was_sent_before_closing_arrives(world):
-    """A message sent over a standing connection arrives although its sender closes right after."""
+    """A message sent over a standing connection arrives although its sender closes right after: closing waits for a
+    receiver that takes it."""
     one = world()
     site = introduce(one, ANNA)
     site.send(COORDINATOR, [b"last", bytes(2_000_000)])
-    site.close()
-    delivery = one.coordinator.receive(PATIENCE)
+    closing = threading.Thread(target=site.close)
+    closing.start()
+    delivery = arrival(one.coordinator)
+    closing.join(PATIENCE)
+    assert not closing.is_alive()
     assert (delivery.peer, delivery.frames[0], len(delivery.frames[1])) == (ANNA, b"last", 2_000_000)
+
+
+def test_flushing(world):
+    """Once everything is confirmed nothing is pending, nobody is late, and there is nothing to discard."""
+    one = world()
+    site = introduce(one, ANNA)
+    one.coordinator.send(ANNA, [b"one"])
+    assert arrival(site, one.coordinator) == Delivery(COORDINATOR, (b"one",))
+    assert one.coordinator.flush([ANNA, BERT], patience=PATIENCE) == frozenset()
+    assert one.coordinator.pending(ANNA) == one.coordinator.pending(BERT) == 0
+    assert one.coordinator.discard_waiting(ANNA) == one.coordinator.discard_waiting(BERT) == 0
+    assert one.coordinator.bytes_sent_again == one.coordinator.rivals == {}
 
 
 def test_a_delivery_does_not_print_its_frames(world):

@@ -285,9 +285,9 @@ def test_a_long_message_is_not_copied_as_a_whole():
     frames = [bytes(100), bytes(32 << 20), b"", bytes(1 << 20)]
     tracemalloc.start()
     try:
-        assert sum(len(chunk) for _, chunk in split(frames, number=1, limits=Limits())) == len(stream_of()) + 4 * 8 + (
-            100 + (33 << 20)
-        )
+        assert sum(len(chunk) for _, chunk in split(frames, number=1, limits=Limits(message_bytes=64 << 20))) == len(
+            stream_of()
+        ) + 4 * 8 + (100 + (33 << 20))
         assert tracemalloc.get_traced_memory()[1] < 4 << 20
     finally:
         tracemalloc.stop()
@@ -295,4 +295,6 @@ def test_a_long_message_is_not_copied_as_a_whole():
 
 def test_defaults():
     """The limits that apply unless others are agreed are the documented ones."""
-    assert Limits() == Limits(chunk_bytes=1 << 20, message_bytes=256 << 20, frames=4096)
+    assert Limits() == Limits(chunk_bytes=1 << 18, message_bytes=8 << 20, frames=4096, memory_bytes=256 << 20)
+    assert Limits().of_site == Limits()
+    assert Limits(to_site_bytes=5).of_site.message_bytes == 5

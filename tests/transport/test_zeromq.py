@@ -4,17 +4,22 @@ import itertools
 import re
 import socket
 import struct
+import subprocess
+import sys
+import threading
 import time
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 
 import pytest
 import zmq
+from support.pumping import arrival
 from zmq.utils import z85
 from zmq.utils.monitor import parse_monitor_message
 
 import transport
 from transport import COORDINATOR, AddressUnusable, Delivery, Limits, PeerId, PeerUnreachable
 from transport.envelope import split
+from transport.link import UNKNOWN, Frame, Kind
 
 ANNA, BERT = PeerId("anna"), PeerId("bert")
 LOOPBACK = "tcp://127.0.0.1:0"
@@ -65,6 +70,8 @@ class Hospital:
         monitor = self._stack.enter_context(raw.get_monitor_socket(REFUSED))
         monitor.linger = 0
         raw.connect(address)
+        if name is not None:
+            raw.send_multipart([link_frame(Kind.RESUME)])
         return raw, monitor
 
 
@@ -104,14 +111,35 @@ def refused(monitor, coordinator):
 def passes(site, coordinator, name, text=b"still here"):
     """Check that a message gets through from ``site`` to the coordinator and one back."""
     site.send(COORDINATOR, [text])
-    assert coordinator.receive(PATIENCE) == Delivery(name, (text,))
+    assert arrival(coordinator, site) == Delivery(name, (text,))
     coordinator.send(name, [b"re: " + text])
-    assert site.receive(PATIENCE) == Delivery(COORDINATOR, (b"re: " + text,))
+    assert arrival(site, coordinator) == Delivery(COORDINATOR, (b"re: " + text,))
 
 
-def chunks(*frames):
+SESSION = b"session of a raw"
+
+
+def link_frame(kind, position=0):
+    """The head of a frame of a plain socket."""
+    return Frame(kind, SESSION, UNKNOWN, position=position).packed
+
+
+def chunks(*frames, position=0):
     """A well-formed message as multipart messages of a plain socket."""
-    return [[header, bytes(chunk)] for header, chunk in split(frames, number=1, limits=LIMITS)]
+    made = []
+    for header, chunk in split(frames, number=1, limits=LIMITS):
+        made.append([link_frame(Kind.DATA, position), header, bytes(chunk)])
+        position += len(chunk)
+    return made
+
+
+def answered(raw):
+    """What a plain socket gets next that carries a message, as the bytes of its chunk."""
+    while raw.poll(PATIENCE * 1000):
+        parts = raw.recv_multipart()
+        if parts[0][0] == Kind.DATA:
+            return parts[2]
+    return None
 
 
 def test_keys():
@@ -183,9 +211,9 @@ def test_a_taken_routing_id_does_not_redirect(hospital):
     thief.send_multipart(chunks(b"I am bert")[0])
     assert coordinator.receive(0.2) in (None, Delivery(ANNA, (b"I am bert",)))
     coordinator.send(BERT, [b"for bert"])
-    assert first.poll(PATIENCE * 1000)
-    assert first.recv_multipart()[1].endswith(b"for bert")
-    assert not thief.poll(50)
+    assert answered(first).endswith(b"for bert")
+    while thief.poll(50):
+        assert b"for bert" not in b"".join(thief.recv_multipart())
 
 
 @pytest.mark.parametrize("kind", [zmq.DEALER, zmq.REQ], ids=["dealer", "req"])
@@ -193,7 +221,8 @@ def test_without_curve(hospital, kind):
     """A plain socket without CURVE gets nothing through, and listed sites are not disturbed."""
     coordinator = hospital.listen()
     raw, monitor = hospital.raw(coordinator.address, kind=kind)
-    raw.send_multipart(chunks(b"in the clear")[0])
+    with suppress(zmq.Again):  # it may be refused already, and has nowhere to queue then
+        raw.send_multipart(chunks(b"in the clear")[0], zmq.DONTWAIT)
     assert refused(monitor, coordinator)
     assert (coordinator.bytes_received, coordinator.violations) == ({}, {})
     passes(hospital.connect(coordinator.address, ANNA), coordinator, ANNA)
@@ -265,7 +294,9 @@ def test_a_coordinator_that_comes_later(hospital):
     site.send(COORDINATOR, [b"early"])
     assert "nothing answers" in silence(site, "nothing answers")
     coordinator = hospital.listen(address)
-    assert coordinator.receive(PATIENCE) == Delivery(ANNA, (b"early",))
+    assert arrival(coordinator, site) == Delivery(ANNA, (b"early",))
+    assert coordinator.receive(0.0) is None
+    assert site.receive(0.05) is None
     assert site.why_silent() is None
 
 
@@ -295,22 +326,32 @@ def test_a_site_that_left(hospital):
     passes(bert, coordinator, BERT)
 
 
+DATA = link_frame(Kind.DATA)
 GARBAGE = {
     "empty": [b""],
     "one-frame": [b"garbage"],
-    "three-frames": [*chunks(b"good")[0], b"and more"],
+    "no-chunk": [DATA],
+    "four-frames": [*chunks(b"good")[0], b"and more"],
     "many-frames": [b"x"] * 500,
     "delimiter-first": [b"", *chunks(b"good")[0]],
-    "no-header": [b"", b"chunk"],
-    "short-header": [b"\xff" * 23, b"chunk"],
-    "random-header": [b"\xff" * 24, b"chunk"],
-    "empty-chunk": [struct.pack("<QQQ", 1, 0, 12), b""],
-    "middle-of-a-message": [struct.pack("<QQQ", 1, 100, 1000), b"chunk"],
-    "too-long-a-message": [struct.pack("<QQQ", 1, 0, LIMITS.message_bytes + 1), b"chunk"],
-    "more-than-announced": [struct.pack("<QQQ", 1, 0, 4), b"chunk"],
-    "no-frames-inside": [struct.pack("<QQQ", 1, 0, 4), struct.pack("<I", 0)],
-    "too-many-frames-inside": [struct.pack("<QQQ", 1, 0, 76), struct.pack("<I", 9) + bytes(72)],
-    "chunk-over-the-limit": [struct.pack("<QQQ", 1, 0, 2000), bytes(LIMITS.chunk_bytes + 1)],
+    "short-frame": [DATA[:-1], *chunks(b"good")[0][1:]],
+    "unknown-kind": [b"\0" + DATA[1:]],
+    "another-unknown-kind": [b"\x07" + DATA[1:]],
+    "news-with-a-chunk": [link_frame(Kind.NEWS), *chunks(b"good")[0][1:]],
+    "another-epoch": [Frame(Kind.NEWS, SESSION, b"e" * 16).packed],
+    "confirms-what-was-not-sent": [Frame(Kind.NEWS, SESSION, UNKNOWN, received=1 << 40).packed],
+    "delivered-before-received": [Frame(Kind.NEWS, SESSION, UNKNOWN, delivered=1).packed],
+    "rewinds-to-what-was-not-sent": [Frame(Kind.REWIND, SESSION, UNKNOWN, received=1 << 40).packed],
+    "no-header": [DATA, b"", b"chunk"],
+    "short-header": [DATA, b"\xff" * 23, b"chunk"],
+    "random-header": [DATA, b"\xff" * 24, b"chunk"],
+    "empty-chunk": [DATA, struct.pack("<QQQ", 1, 0, 12), b""],
+    "middle-of-a-message": [DATA, struct.pack("<QQQ", 1, 100, 1000), b"chunk"],
+    "too-long-a-message": [DATA, struct.pack("<QQQ", 1, 0, LIMITS.message_bytes + 1), b"chunk"],
+    "more-than-announced": [DATA, struct.pack("<QQQ", 1, 0, 4), b"chunk"],
+    "no-frames-inside": [DATA, struct.pack("<QQQ", 1, 0, 4), struct.pack("<I", 0)],
+    "too-many-frames-inside": [DATA, struct.pack("<QQQ", 1, 0, 76), struct.pack("<I", 9) + bytes(72)],
+    "chunk-over-the-limit": [DATA, struct.pack("<QQQ", 1, 0, 2000), bytes(LIMITS.chunk_bytes + 1)],
 }
 
 
@@ -325,7 +366,7 @@ def test_garbage_of_a_listed_site(hospital, parts):
     while coordinator.violations.get(ANNA, 0) < times and time.monotonic() < deadline:
         assert coordinator.receive(0.01) is None
     assert coordinator.violations == {ANNA: times}
-    assert coordinator.bytes_received == {ANNA: times * sum(map(len, parts))}
+    assert coordinator.bytes_received == {}
     passes(hospital.connect(coordinator.address, BERT), coordinator, BERT)
     raw.send_multipart(chunks(b"sorry")[0])
     assert coordinator.receive(PATIENCE) == Delivery(ANNA, (b"sorry",))
@@ -338,7 +379,7 @@ def test_an_oversize_frame_of_a_listed_site(hospital):
     bert = hospital.connect(coordinator.address, BERT)
     passes(bert, coordinator, BERT)
     raw, monitor = hospital.raw(coordinator.address, ANNA)
-    raw.send_multipart([struct.pack("<QQQ", 1, 0, 2000), bytes(1_000_000)])
+    raw.send_multipart([DATA, struct.pack("<QQQ", 1, 0, 2000), bytes(1_000_000)])
     assert refused(monitor, coordinator)
     assert ANNA not in coordinator.bytes_received
     passes(bert, coordinator, BERT)
@@ -438,3 +479,243 @@ def test_secret_keys_do_not_appear_in_repr(hospital):
     for secret, text in itertools.product(secrets, texts):
         for spelling in (secret.hex(), z85.encode(secret).decode(), repr(secret)[2:-1]):
             assert spelling not in text
+
+
+def test_memory_of_many_uploads(hospital):
+    """While many sites upload more than there is room for, what is under way and not handed on never exceeds the
+    configured memory; all of it arrives."""
+    names = [PeerId(f"site-{number}") for number in range(12)]
+    hospital.keys = {name: transport.generate_keypair() for name in (*names, ANNA, BERT)}
+    limits = Limits(chunk_bytes=64 << 10, message_bytes=1 << 20, memory_bytes=6 << 20)
+    peers = {name: hospital.keys[name][0] for name in names}
+    with ExitStack() as stack:
+        coordinator = stack.enter_context(
+            transport.listen(LOOPBACK, secret_key=hospital.server_secret, peers=peers, limits=limits)
+        )
+        sites = {
+            name: stack.enter_context(
+                transport.connect(
+                    coordinator.address,
+                    secret_key=hospital.keys[name][1],
+                    server_key=hospital.server_key,
+                    limits=limits,
+                )
+            )
+            for name in names
+        }
+        size, count = 600_000, 5
+        for site in sites.values():
+            for number in range(count):
+                site.send(COORDINATOR, [bytes([number]) * size])
+        got = {name: [] for name in names}
+        most, deadline = 0, time.monotonic() + 60
+        while sum(map(len, got.values())) < count * len(names) and time.monotonic() < deadline:
+            for site in sites.values():
+                assert site.receive(0.0) is None
+            # A coordinator that takes one frame for each that every site sends has all the rest under way.
+            if (delivery := coordinator.receive(0.0)) is not None:
+                got[delivery.peer].append(delivery.frames[0][:1] * (len(delivery.frames[0]) == size))
+            handed_on = {name: route.link._delivered for name, route in coordinator._routes.items()}
+            most = max(most, sum(site._link._cursor - handed_on.get(name, 0) for name, site in sites.items()))
+        assert got == {name: [bytes([number]) for number in range(count)] for name in names}
+        assert len(names) * 64 << 10 < most <= limits.memory_bytes // 2
+        assert coordinator.violations == {}
+
+
+def test_a_coordinator_that_is_busy(hospital):
+    """Whoever sends to a coordinator that takes nothing stops after the initial credit; nothing is lost."""
+    coordinator = hospital.listen(limits=Limits())
+    site = hospital._stack.enter_context(
+        transport.connect(
+            coordinator.address, secret_key=hospital.keys[ANNA][1], server_key=hospital.server_key, limits=Limits()
+        )
+    )
+    for number in range(20):
+        site.send(COORDINATOR, [bytes([number]) * 30_000])
+    for _ in range(20):
+        assert site.receive(0.01) is None
+    assert site.bytes_sent[COORDINATOR] <= 64 << 10
+    assert site.pending(COORDINATOR) == 20
+    assert [arrival(coordinator, site).frames[0][0] for _ in range(20)] == list(range(20))
+    assert site.receive(0.2) is None
+    assert site.pending(COORDINATOR) == 0
+
+
+def test_a_second_machine_with_the_same_key(hospital):
+    """While a site is there, another program with its key gets nothing through and nothing to read, and says why; once
+    the first has gone, it is taken."""
+    coordinator = hospital.listen()
+    first = hospital.connect(coordinator.address, ANNA)
+    passes(first, coordinator, ANNA)
+    second = hospital.connect(coordinator.address, ANNA)
+    second.send(COORDINATOR, [b"me too"])
+    deadline = time.monotonic() + PATIENCE
+    while "another machine" not in (second.why_silent() or "") and time.monotonic() < deadline:
+        assert coordinator.receive(0.01) is None
+        assert second.receive(0.01) is None
+        assert first.receive(0.0) is None
+    assert second.why_silent().endswith("another machine is connected with this site's transport key")
+    assert coordinator.rivals[ANNA] >= 1
+    passes(first, coordinator, ANNA, b"undisturbed")
+    coordinator.send(ANNA, [b"for the first"])
+    assert arrival(first, coordinator, second) == Delivery(COORDINATOR, (b"for the first",))
+    closing = threading.Thread(target=first.close)
+    closing.start()
+    assert arrival(coordinator, second) == Delivery(ANNA, (b"me too",))
+    closing.join(PATIENCE)
+    passes(second, coordinator, ANNA, b"alone now")
+
+
+def test_a_crashed_program_is_followed_by_the_next(hospital):
+    """A site whose program ended without a word is there again with a new one, at once."""
+    coordinator = hospital.listen()
+    first = hospital.connect(coordinator.address, ANNA)
+    passes(first, coordinator, ANNA)
+    first._close_socket(linger=0)  # as the system does for a process that is killed
+    passes(hospital.connect(coordinator.address, ANNA), coordinator, ANNA, b"begun anew")
+
+
+def test_a_site_that_is_gone_for_long(hospital, monkeypatch):
+    """Messages for a site whose connection broke wait for it, but not for ever: then sending says so."""
+    coordinator = hospital.listen()
+    site = hospital.connect(coordinator.address, ANNA)
+    passes(site, coordinator, ANNA)
+    site._close_socket(linger=0)
+    site._due = time.monotonic() + 3600
+    deadline = time.monotonic() + PATIENCE
+    while coordinator._routes[ANNA].gone_since is None and time.monotonic() < deadline:
+        coordinator.send(ANNA, [b"wait for me"])
+        assert coordinator.receive(0.01) is None
+    monkeypatch.setattr("transport.zeromq.GRACE_SECONDS", -1.0)
+    with pytest.raises(PeerUnreachable, match="anna: its connection is gone for"):
+        coordinator.send(ANNA, [b"too late"])
+    monkeypatch.undo()
+    site._due = 0.0
+    site._link.detach()
+    assert arrival(site, coordinator) == Delivery(COORDINATOR, (b"wait for me",))
+
+
+def test_a_stalled_upload_gives_way(hospital, monkeypatch):
+    """A site that holds all credit and sends nothing loses it to the one that waits, and sends its message later."""
+    monkeypatch.setattr("transport.zeromq.STALL_SECONDS", 0.5)
+    limits = Limits(chunk_bytes=64 << 10, message_bytes=1 << 20, memory_bytes=(2 << 20) + (4 * 64 << 10))
+    coordinator = hospital.listen(limits=limits)
+    sites = {
+        name: hospital._stack.enter_context(
+            transport.connect(
+                coordinator.address, secret_key=hospital.keys[name][1], server_key=hospital.server_key, limits=limits
+            )
+        )
+        for name in (ANNA, BERT)
+    }
+    anna, bert = sites.values()
+    anna.send(COORDINATOR, [bytes(900_000)])
+    deadline = time.monotonic() + PATIENCE
+    while not any(route.link.holds_credit for route in coordinator._routes.values()) and time.monotonic() < deadline:
+        assert anna.receive(0.0) is None  # which so never learns of the credit that it is given last
+        assert coordinator.receive(0.0) is None
+    bert.send(COORDINATOR, [bytes(950_000)])
+    assert arrival(coordinator, bert).peer == BERT
+    assert arrival(coordinator, anna, bert).peer == ANNA
+
+
+def test_garbage_of_the_coordinator(hospital):
+    """Whatever a coordinator sends that is no frame, of another session, or out of place, is counted and dropped; an
+    honest answer behind it is still taken."""
+    context = hospital._stack.enter_context(zmq.Context())
+    raw = hospital._stack.enter_context(context.socket(zmq.ROUTER))
+    raw.linger, raw.curve_server, raw.curve_secretkey = 0, True, z85.encode(hospital.server_secret)
+    port = raw.bind_to_random_port("tcp://127.0.0.1")
+    site = hospital.connect(f"tcp://127.0.0.1:{port}", ANNA)
+    assert site.receive(0.05) is None
+    route, resume = raw.recv_multipart()
+    session, epoch, other = Frame(*struct.unpack("<B16s16s6Q", resume)).session, b"e" * 16, b"o" * 16
+
+    def data(session, epoch):
+        return [Frame(Kind.DATA, session, epoch).packed, *chunks(b"from the coordinator")[0][1:]]
+
+    early = [[b""], [b"x"] * 50, [Frame(Kind.REWIND, other, epoch).packed], data(session, epoch)]
+    for parts in early:
+        raw.send_multipart([route, *parts])
+    raw.send_multipart([route, Frame(Kind.REWIND, session, epoch).packed])
+    late = [data(session, other), data(other, epoch), [Frame(Kind.NEWS, session, epoch, received=1 << 40).packed]]
+    for parts in late:
+        raw.send_multipart([route, *parts])
+    raw.send_multipart([route, *data(session, epoch)])
+    assert arrival(site) == Delivery(COORDINATOR, (b"from the coordinator",))
+    assert site.violations == {COORDINATOR: len(early) + len(late)}
+
+
+def test_late_frames_of_an_old_connection(hospital):
+    """What still comes over a connection after the same program has opened another one is not taken twice."""
+    coordinator = hospital.listen()
+    old, _ = hospital.raw(coordinator.address, ANNA)
+    assert coordinator.receive(0.2) is None
+    new, _ = hospital.raw(coordinator.address, ANNA)
+    assert coordinator.receive(0.2) is None
+    old.send_multipart(chunks(b"old")[0])
+    assert coordinator.receive(0.2) is None
+    new.send_multipart(chunks(b"new")[0])
+    assert coordinator.receive(PATIENCE) == Delivery(ANNA, (b"new",))
+    assert coordinator.violations == {}
+
+
+FULL_AND_GONE = """
+import time, zmq, transport, transport.zeromq
+from zmq.utils import z85
+from transport.link import Frame, Kind, UNKNOWN
+
+transport.zeromq.HEARTBEAT_MILLISECONDS = 200
+server_key, secret = transport.generate_keypair()
+public, own = transport.generate_keypair()
+
+
+def fill(raw, parts):
+    for _ in range(200):
+        raw.send_multipart(parts)
+    time.sleep(0.3)
+    raw.close(linger=0)
+    time.sleep(0.8)
+
+
+with transport.listen("tcp://127.0.0.1:0", secret_key=secret, peers={"a": public}) as coordinator:
+    with zmq.Context() as context:
+        raw = context.socket(zmq.DEALER)
+        raw.curve_publickey, raw.curve_secretkey = z85.encode(public), z85.encode(own)
+        raw.curve_serverkey = z85.encode(server_key)
+        raw.connect(coordinator.address)
+        fill(raw, [b"x" * 2000])
+    while coordinator.receive(0.0) or coordinator.violations.get("a", 0) < 1:
+        pass
+with zmq.Context() as context:
+    raw = context.socket(zmq.ROUTER)
+    raw.curve_server, raw.curve_secretkey = True, z85.encode(secret)
+    port = raw.bind_to_random_port("tcp://127.0.0.1")
+    with transport.connect(f"tcp://127.0.0.1:{port}", secret_key=own, server_key=server_key) as site:
+        fill(raw, [raw.recv_multipart()[0], b"x" * 2000])
+        site.receive(0.1)
+print("alive")
+"""
+
+
+def test_a_full_queue_and_a_broken_connection():
+    """Neither end's process is aborted by libzmq when a peer fills its queue and goes while it is busy elsewhere."""
+    done = subprocess.run(
+        [sys.executable, "-c", FULL_AND_GONE], capture_output=True, text=True, timeout=60, check=False
+    )
+    assert (done.stdout, done.stderr) == ("alive\n", "")
+
+
+def test_nothing_is_sent_twice_over_a_first_connection(hospital):
+    """What leaves before the coordinator has answered for the first time is on its way, and is not sent again."""
+    coordinator = hospital.listen(limits=Limits())
+    site = hospital._stack.enter_context(
+        transport.connect(
+            coordinator.address, secret_key=hospital.keys[ANNA][1], server_key=hospital.server_key, limits=Limits()
+        )
+    )
+    site.send(COORDINATOR, [bytes(30_000)])
+    assert arrival(coordinator, site).peer == ANNA
+    passes(site, coordinator, ANNA)
+    assert site.pending(COORDINATOR) == 0
+    assert site.bytes_sent_again == {}
