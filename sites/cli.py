@@ -1,4 +1,5 @@
-"""The command line `secureagg`: keygen, consortium, coordinator, status, site, doctor, audit, ledger, budget, data, demo.
+"""The command line `secureagg`: keygen, consortium, coordinator, status, site, doctor, audit, ledger, budget, data and
+demo.
 
 Every failure that a user can cause is one sentence on standard error and exit status 1; a wrong option is status 2.
 What takes seconds to import is imported inside the command that needs it.
