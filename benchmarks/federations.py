@@ -2,26 +2,31 @@
 
 Gradients, clipping, sampling, noise, encoding and decoding are those of ``dp``; what a site does in a round is what
 ``sites.trainer`` does, without a ledger, which changes no number.  Encoded sums are added modulo the ring here, which
-is what a secure sum opens: that the protocol's sums are exact is tested where the protocol is.  Randomness comes from
-seeded streams, so that a run can be repeated.
+is what a secure sum opens: that the protocol's sums are exact is tested where the protocol is.  Whether a loss couples
+rows is tried once for each run, not in every round.  Randomness comes from seeded streams, so that a run can be
+repeated.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
+from unittest import mock
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from torch import nn
 
+import dp.training
 from dp.accountants import noise_multiplier_for
 from dp.events import PoissonSampledGaussian
+from dp.gradients import Loss
 from dp.shared import SharedNoisePlan, decode, encode, plan_shared_noise
 from dp.training import Plan, clipped_gradient_sum, train_plain, train_private
 from secureagg.testing import CountingEntropy
 from sites.model_state import ModelSpec, State
-from sites.trainer import Examples, binary_loss, predict
+from sites.trainer import Examples, binary_loss
 
 Floats = npt.NDArray[np.float64]
 UNCLIPPED = 2.0**10  # longer than any gradient here
@@ -41,13 +46,15 @@ class Configuration:
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Task:
-    """Sites with their training rows and those they are judged on, in the same order; ``model``: from a seed."""
+    """Sites with their training rows and those they are judged on, in the same order; ``model``: from a seed;
+    ``loss``: predictions and targets of some rows to the sum of their losses."""
 
     sites: Mapping[str, Examples]
     held_out: Mapping[str, Examples]
     model: Callable[[int], nn.Module]
     delta: float
     local_steps: int
+    loss: Loss = binary_loss
 
     @property
     def rows(self) -> int:
@@ -62,9 +69,26 @@ class Task:
             features=torch.cat([site.features for site in every]), targets=torch.cat([site.targets for site in every])
         )
 
-    def scores(self, model: nn.Module, state: State) -> dict[str, npt.NDArray[np.float32]]:
-        """The model's scores of each site's held-out rows."""
-        return {name: predict(model, state, data.features) for name, data in self.held_out.items()}
+    @property
+    def dimensions(self) -> int:
+        """How many numbers the model has."""
+        return sum(parameter.numel() for parameter in self.model(0).parameters())
+
+
+@contextmanager
+def probing_once() -> Iterator[None]:
+    """``dp.gradients.refuse_coupled`` for the first round only: it changes no number, and takes most of the time of a
+    small round."""
+    probe, probed = dp.training.refuse_coupled, False
+
+    def first_only(*arguments: object, **options: object) -> None:
+        nonlocal probed
+        if not probed:
+            probe(*arguments, **options)
+            probed = True
+
+    with mock.patch.object(dp.training, "refuse_coupled", first_only):
+        yield
 
 
 @cache
@@ -114,13 +138,14 @@ def plan_of(task: Task, chosen: Configuration, *, epsilon: float, dropouts: int)
         chosen,
         epsilon=epsilon,
         delta=task.delta,
-        dimensions=sum(parameter.numel() for parameter in task.model(0).parameters()),
+        dimensions=task.dimensions,
         sites=len(task.sites),
         rows=task.rows,
         dropouts=dropouts,
     )
 
 
+@probing_once()
 def shared_gradients(
     task: Task, chosen: Configuration, *, plan: SharedNoisePlan | None, seed: int, entropy_of: str = "shared"
 ) -> State:
@@ -140,7 +165,7 @@ def shared_gradients(
         for name, site in task.sites.items():
             total = clipped_gradient_sum(
                 model,
-                binary_loss,
+                task.loss,
                 site.features,
                 site.targets,
                 patients=site.owners,
@@ -157,6 +182,7 @@ def shared_gradients(
     return spec.restore(vector)
 
 
+@probing_once()
 def own_noise(task: Task, chosen: Configuration, *, epsilon: float | None, seed: int) -> State:
     """The model of ``privacy.mode = "local"``, or of "none" without ``epsilon``, which is FedAvg: in each round every
     site takes ``task.local_steps`` steps, and the models are averaged by the sites' rows."""
@@ -222,14 +248,14 @@ def _train(
     """``steps`` of the configuration's, with the noise that all of its steps cost."""
     plan = Plan(steps=steps, learning_rate=chosen.learning_rate, sampling_rate=rate)
     if epsilon is None and noise_multiplier is None:
-        train_plain(model, binary_loss, data.features, data.targets, plan=plan, entropy=by)
+        train_plain(model, task.loss, data.features, data.targets, plan=plan, entropy=by)
         return
     if noise_multiplier is None:
         noise_multiplier = gaussian(epsilon=epsilon, delta=task.delta, sampling_rate=rate, steps=chosen.steps)
     event = PoissonSampledGaussian(sampling_rate=rate, noise_multiplier=noise_multiplier, steps=steps)
     train_private(
         model,
-        binary_loss,
+        task.loss,
         data.features,
         data.targets,
         patients=data.owners,

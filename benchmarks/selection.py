@@ -1,9 +1,9 @@
-"""Choosing hyper-parameters of the heart model on validation patients, many runs at once.
+"""Choosing hyper-parameters on validation rows, many runs at once.
 
-Logistic regression has a closed gradient, so that runs over several splits and draws of the noise are one product of
-matrices.  Noise is a float64 normal of the variance that the real mechanism has, and numpy's generator is seeded: this
-code is for choosing only.  What is published is trained by the real parts (``benchmarks.federations``), to which a test
-compares it.
+Runs over several splits and draws of the noise are trained side by side: of logistic regression, whose closed gradient
+makes that one product of matrices (``Splits``), and of the X-rays' network (``benchmarks.images``).  Noise is a float64
+normal of the variance that the real mechanism has, and numpy's generator is seeded: this code is for choosing only.
+What is published is trained by the real parts (``benchmarks.federations``), to which tests compare it.
 """
 
 from dataclasses import dataclass
@@ -17,53 +17,67 @@ from scipy.stats import rankdata
 from benchmarks.federations import Configuration, Task, gaussian, plan_of, site_rate
 
 Floats = npt.NDArray[np.float64]
+Bools = npt.NDArray[np.bool_]
 Column = Literal["local only", "local", "shared", "unshared"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Splits:
-    """Training rows of all sites after one another, with a column of ones (rows, d); ``labels`` (rows,); ``site``
-    (rows,), the number of each row's site; ``training`` (runs, rows): whether a run trains on a row, or is judged on
-    it."""
+    """Training rows of all sites after one another: ``features`` (rows, d), with a column of ones; ``labels`` (rows,);
+    ``site`` (rows,), the number of each row's site; ``training`` (runs, rows): whether a run trains on a row, or is
+    judged on it.  Trained is logistic regression, from zero weights."""
 
     features: Floats
     labels: Floats
     site: npt.NDArray[np.int64]
-    training: npt.NDArray[np.bool_]
+    training: Bools
 
     @classmethod
     def of(cls, task: Task, *, splits: int, draws: int, share: float = 0.25, seed: int = 2026) -> "Splits":
         """``splits`` random choices of ``share`` of each site's rows for validation, each with ``draws`` runs."""
-        pooled = task.pooled
-        features = pooled.features.numpy().astype(np.float64)
-        site = np.repeat(np.arange(len(task.sites)), [len(one.targets) for one in task.sites.values()])
-        generator = np.random.default_rng(seed)
-        training = np.ones((splits, len(site)), bool)
-        for row in training:
-            for number in range(len(task.sites)):
-                mine = np.flatnonzero(site == number)
-                row[generator.choice(mine, round(share * len(mine)), replace=False)] = False
+        features = task.pooled.features.numpy().astype(np.float64)
+        site, training = left_out(task, splits=splits, draws=draws, share=share, seed=seed)
         return cls(
             features=np.hstack([features, np.ones((len(site), 1))]),
-            labels=pooled.targets.numpy().astype(np.float64),
+            labels=task.pooled.targets.numpy().astype(np.float64),
             site=site,
-            training=np.repeat(training, draws, axis=0),
+            training=training,
         )
 
+    @property
+    def start(self) -> Floats:
+        """Where each run starts (runs, d)."""
+        return np.zeros((len(self.training), self.features.shape[1]))
 
-def gradient_sums(weights: Floats, data: Splits, present: npt.NDArray[np.bool_], *, clip_norm: float | None) -> Floats:
-    """The sums (runs, d) of the gradients of the ``present`` rows (runs, rows), each clipped, at ``weights``."""
-    slopes = expit(weights @ data.features.T) - data.labels
-    if clip_norm is not None:
-        norms = np.abs(slopes) * np.linalg.norm(data.features, axis=1)
-        slopes *= np.minimum(1.0, clip_norm / np.maximum(norms, 1e-30))
-    sums: Floats = (slopes * present) @ data.features
-    return sums
+    def gradient_sums(self, weights: Floats, present: Bools, *, clip_norm: float | None) -> Floats:
+        """The sums (runs, d) of the gradients of the ``present`` rows (runs, rows), each clipped, at ``weights``."""
+        slopes = expit(weights @ self.features.T) - self.labels
+        if clip_norm is not None:
+            norms = np.abs(slopes) * np.linalg.norm(self.features, axis=1)
+            slopes *= np.minimum(1.0, clip_norm / np.maximum(norms, 1e-30))
+        sums: Floats = (slopes * present) @ self.features
+        return sums
+
+    def scores(self, weights: Floats) -> Floats:
+        """The logits (runs, rows) of each row by the model of its site, of ``weights`` (sites, runs, d)."""
+        return np.einsum("nrd,nd->rn", weights[self.site], self.features)
+
+
+def left_out(task: Task, *, splits: int, draws: int, share: float, seed: int) -> tuple[npt.NDArray[np.int64], Bools]:
+    """``site`` and ``training`` of ``Splits``."""
+    site = np.repeat(np.arange(len(task.sites)), [len(one.targets) for one in task.sites.values()])
+    generator = np.random.default_rng(seed)
+    training = np.ones((splits, len(site)), bool)
+    for row in training:
+        for number in range(len(task.sites)):
+            mine = np.flatnonzero(site == number)
+            row[generator.choice(mine, round(share * len(mine)), replace=False)] = False
+    return site, np.repeat(training, draws, axis=0)
 
 
 def descend(
     data: Splits,
-    rows: npt.NDArray[np.bool_],
+    rows: Bools,
     chosen: Configuration,
     *,
     start: Floats,
@@ -79,7 +93,7 @@ def descend(
     clip_norm = None if deviation is None else chosen.clip_norm
     for _ in range(steps):
         present = rows if rate == 1 else rows & (coins.random(rows.shape) < rate)
-        moved = gradient_sums(weights, data, present, clip_norm=clip_norm)
+        moved = data.gradient_sums(weights, present, clip_norm=clip_norm)
         if deviation is not None:
             moved += deviation * coins.standard_normal(moved.shape)
         weights -= chosen.learning_rate / batch * moved
@@ -90,8 +104,7 @@ def train(column: Column, task: Task, data: Splits, chosen: Configuration, epsil
     """The weights (sites, runs, d) of each site's model after the column's training; all the same but for "local
     only"."""
     coins = np.random.default_rng(seed)
-    sites, runs = len(task.sites), len(data.training)
-    start = np.zeros((runs, data.features.shape[1]))
+    sites, start = len(task.sites), data.start
     mine = [data.training & (data.site == number) for number in range(sites)]
     counts = [int(rows[0].sum()) for rows in mine]
     total = sum(counts)
@@ -146,7 +159,7 @@ def train(column: Column, task: Task, data: Splits, chosen: Configuration, epsil
 def judged(data: Splits, weights: Floats) -> tuple[float, float]:
     """AUC and balanced accuracy on each run's validation rows of all sites, each row scored by its site's model; means
     over runs."""
-    scores = np.einsum("nrd,nd->rn", weights[data.site], data.features)
+    scores = data.scores(weights)
     areas, balanced = [], []
     for of_all, training in zip(scores, data.training, strict=True):
         positive, score = data.labels[~training] == 1, of_all[~training]

@@ -13,8 +13,11 @@ from sklearn.metrics import balanced_accuracy_score, roc_auc_score
 
 from benchmarks import choosing, federations, utility, xrays
 from benchmarks.federations import Configuration, Task, alone, central, own_noise, plan_of, shared_gradients
+from benchmarks.images import Images
 from benchmarks.selection import Splits, judged, train
+from dp.errors import UnsupportedEvent
 from dp.shared import plan_shared_noise
+from dp.training import clipped_gradient_sum
 from secureagg.testing import CountingEntropy
 from sites.datasets.heart import load_hospitals
 from sites.manifest import Privacy, Training
@@ -203,6 +206,104 @@ def test_central_is_pooled(task):
     assert not torch.equal(first["weight"], other["weight"])
 
 
+@pytest.fixture(scope="module")
+def made_up(tmp_path_factory):
+    """A file like the X-rays', of random pixels."""
+    generator = np.random.default_rng(0)
+    arrays = {}
+    for part, count in (("train", 3882), ("test", 624)):
+        arrays[f"{part}_images"] = generator.integers(0, 256, (count, 28, 28), dtype=np.uint8)
+        arrays[f"{part}_labels"] = (generator.random((count, 1)) < 0.8).astype(np.uint8)
+    file = tmp_path_factory.mktemp("made-up") / "made-up.npz"
+    np.savez(file, **arrays)
+    return file, arrays
+
+
+@pytest.fixture(scope="module")
+def few_images(made_up) -> Task:
+    """Seven hospitals with 10 images each."""
+    whole = xrays.load(made_up[0])
+    few = {
+        name: replace(one, features=one.features[:10], targets=one.targets[:10]) for name, one in whole.sites.items()
+    }
+    return replace(whole, sites=few, held_out=few)
+
+
+def flat(state):
+    """A state as one vector."""
+    return torch.cat([tensor.flatten() for tensor in state.values()]).numpy()
+
+
+def test_shared_noise_is_all_that_sets_shared_apart_from_central(few_images, monkeypatch):
+    """Where everybody is in every step and the noise is left out, the shared column's network is the central one's:
+    clipping, encoding, decoding and the server's steps favour no direction."""
+    chosen = Configuration(steps=5, learning_rate=0.5, clip_norm=0.5, share=1.0)
+    plan = plan_of(few_images, chosen, epsilon=1.0, dropouts=0)
+    monkeypatch.setattr("dp.shared.IntegerNoise", lambda **_: SimpleNamespace(draw=lambda count: np.zeros(count, int)))
+    found = flat(shared_gradients(few_images, chosen, plan=plan, seed=1))
+    expected = flat(central(few_images, chosen, epsilon=None, seed=1, noise_multiplier=1e-5))
+    moved = np.linalg.norm(expected - flat(few_images.model(1).state_dict()))
+    assert moved > 0.2
+    assert np.linalg.norm(found - expected) < 0.001 * moved
+
+
+def test_opened_noise_has_no_bias(few_images):
+    """Over 60 releases of a step in which nobody is sampled, the 2,945 coordinates of the opened noise have mean 0 and
+    the plan's deviation: each within 5.5 standard errors, a false alarm in 10^7."""
+    chosen = Configuration(steps=1, learning_rate=1.0, clip_norm=4.0, share=1e-9)
+    plan = plan_of(few_images, chosen, epsilon=1.0, dropouts=0)
+    start = flat(few_images.model(0).state_dict())
+    found = [
+        flat(shared_gradients(few_images, chosen, plan=plan, seed=0, entropy_of=str(n))) - start for n in range(60)
+    ]
+    noise = np.array(found) / plan.error_of_sum  # the expected batch is 1
+    assert abs(noise.mean()) * np.sqrt(noise.size) < 5.5
+    assert abs(noise.std() - 1) * np.sqrt(2 * noise.size) < 5.5
+    assert np.abs(noise.mean(axis=0)).max() * np.sqrt(60) < 6.5  # of 2,945
+
+
+def test_rows_that_share_gradients_are_refused_here_too(few_images):
+    """That a run probes its loss only once does not let a loss pass that couples rows, and the next run probes anew."""
+    coupled = replace(few_images, loss=lambda found, targets: few_images.loss(found - found.mean(), targets))
+    for _ in range(2):
+        shared_gradients(few_images, replace(CHOSEN, steps=1), plan=None, seed=0)
+        with pytest.raises(UnsupportedEvent, match="loss"):
+            shared_gradients(coupled, CHOSEN, plan=None, seed=0)
+
+
+def test_pneumonia_counts_a_ninth():
+    """The X-rays' loss is the sum of each image's own logistic loss, of those with pneumonia a ninth."""
+    logits, targets = torch.tensor([[0.3], [-1.2], [2.0]]), torch.tensor([1.0, 0.0, 1.0])
+    each = [np.log1p(np.exp(-0.3)) / 9, np.log1p(np.exp(-1.2)), np.log1p(np.exp(-2.0)) / 9]
+    assert float(xrays.weighted_loss(logits, targets)) == pytest.approx(sum(each), rel=1e-5)
+
+
+@pytest.mark.parametrize("clip_norm", [0.05, 4.0])
+def test_the_choosing_finds_the_network_s_gradients(few_images, clip_norm):
+    """Gradients of the X-rays' network with each run's weights, clipped, and its scores are those of the real parts."""
+    rows = Images.of(few_images, splits=2, draws=1)
+    weights, present = rows.start, rows.training
+    found = rows.gradient_sums(weights, present, clip_norm=clip_norm)
+    scores = rows.scores(np.stack([weights] * 7))
+    pooled = few_images.pooled
+    for run, training in enumerate(present):
+        model = few_images.model(run)
+        assert np.array_equal(flat(model.state_dict()), weights[run].astype(np.float32))
+        expected = clipped_gradient_sum(
+            model,
+            few_images.loss,
+            pooled.features[training],
+            pooled.targets[training],
+            patients=range(training.sum()),
+            sampling_rate=1.0,
+            clip_norm=clip_norm,
+        ).values
+        np.testing.assert_allclose(found[run], expected, atol=1e-5 * np.abs(expected).max())
+        with torch.no_grad():
+            logits = model(pooled.features[~training]).squeeze(1).numpy()
+        np.testing.assert_allclose(scores[run, ~training], logits, atol=1e-5)
+
+
 def test_metrics(task):
     """Accuracy is the mean over hospitals of each one's model on its own patients; AUC and balanced accuracy are of all
     patients together, the mean over models where there are several."""
@@ -262,16 +363,10 @@ def test_the_best_is_taken():
     assert (row["configuration"]["steps"], row["configuration"]["clip_norm"], row["tried"]) == (10, 2.0, 192)
 
 
-def test_hospitals_of_x_rays(tmp_path):
-    """Every image is at one hospital; hospitals differ in size and in the share of pneumonia, alike in both parts; the
-    validation images are some of the training images."""
-    generator = np.random.default_rng(0)
-    arrays = {}
-    for part, count in (("train", 3882), ("test", 624)):
-        arrays[f"{part}_images"] = generator.integers(0, 256, (count, 28, 28), dtype=np.uint8)
-        arrays[f"{part}_labels"] = (generator.random((count, 1)) < 0.8).astype(np.uint8)
-    np.savez(tmp_path / "made-up.npz", **arrays)
-    task, chosen = (xrays.load(tmp_path / "made-up.npz", validation=validation) for validation in (False, True))
+def test_hospitals_of_x_rays(made_up):
+    """Every image is at one hospital; hospitals differ in size and in the share of pneumonia, alike in both parts."""
+    file, arrays = made_up
+    task = xrays.load(file)
     for part, sites in (("train", task.sites), ("test", task.held_out)):
         rows = np.concatenate([one.features.numpy()[:, 0].reshape(-1, 784) for one in sites.values()])
         whole = arrays[f"{part}_images"].reshape(-1, 784).astype(np.float32) / 127.5 - 1
@@ -280,10 +375,7 @@ def test_hospitals_of_x_rays(tmp_path):
         ill = [float(one.targets.mean()) for one in sites.values()]
         assert max(sizes) > 8 * min(sizes)
         assert max(ill) - min(ill) > 0.2
-    for name in task.sites:
-        assert len(chosen.sites[name].targets) + len(chosen.held_out[name].targets) == len(task.sites[name].targets)
-        assert len(chosen.held_out[name].targets) == round(0.2 * len(task.sites[name].targets))
-    assert sum(parameter.numel() for parameter in xrays.network(0).parameters()) == 2945
+    assert task.dimensions == 2945
     assert torch.equal(xrays.network(1)[0].weight, xrays.network(1)[0].weight)
 
 
@@ -296,7 +388,7 @@ def test_the_quick_run(tmp_path, capsys):
         for metric in utility.METRICS:
             found = cell["summary"][metric]
             assert 0.3 < found["mean"] < 1
-            assert len(cell["values"][metric]) == report["seeds"] == 1
+            assert len(cell["values"][metric]) == report["seeds"] == report["other_seeds"] == 1
     shown = capsys.readouterr().out
     assert "shared - central, AUC" in shown
     assert sorted(path.name for path in (tmp_path / "plots").iterdir()) == [
@@ -304,6 +396,17 @@ def test_the_quick_run(tmp_path, capsys):
         "utility-heart-auc.svg",
         "utility-heart-balanced-accuracy.svg",
     ]
+
+
+def test_the_columns_that_are_claimed_to_match_have_most_seeds(task, monkeypatch):
+    """Central and shared without dropouts are run over all seeds, the others over as many as they are given."""
+    monkeypatch.setattr(utility, "trained", lambda *_: {})
+    monkeypatch.setattr(utility, "judge", lambda *_: {"AUC": 0.5})
+    report = utility.measure("heart", task, seeds=3, other_seeds=2, epsilons=[1.0, None], json_file=None)
+    assert (report["seeds"], report["other_seeds"]) == (3, 2)
+    for cell in report["cells"]:
+        claimed = cell["column"] in ("shared, no dropouts", "central")
+        assert len(cell["values"]["AUC"]) == (3 if claimed else 2)
 
 
 def test_x_rays_that_are_missing_are_named(monkeypatch, tmp_path, capsys):
