@@ -77,6 +77,41 @@ def inspect(
     _print(summary)
 
 
+@data_app.command(epilog="[bold]Example[/bold]: [cyan]secureagg data phantom --out PHANTOMS --bias 1[/cyan]")
+def phantom(
+    folder: Annotated[Path, typer.Option("--out", help="New folder for the files.")],
+    sites: Annotated[int, typer.Option(help="Hospitals.")] = 4,
+    patients: Annotated[int, typer.Option(help="Patients of each.")] = 60,
+    images: Annotated[int, typer.Option(help="CT slices of each patient.")] = 3,
+    size: Annotated[int, typer.Option(help="Rows and columns of a slice.")] = 64,
+    disease: Annotated[float, typer.Option(help="Strength of the disease in the image, 0 for none.")] = 1.0,
+    prevalence: Annotated[float, typer.Option(help="Share of the patients who are ill.")] = 0.5,
+    prevalence_gap: Annotated[float, typer.Option(help="By how much more of the women than of the men are ill.")] = 0.4,
+    women: Annotated[float, typer.Option(help="Share of the subgroup.")] = 0.5,
+    site_effect: Annotated[float, typer.Option(help="Strength of what scanners do to images, 0 for none.")] = 1.0,
+    bias: Annotated[float, typer.Option(help="Strength of the bias in the image, 0 for none.")] = 0.0,
+    correlation: Annotated[float, typer.Option(help="By how much more women than men have the bias.")] = 0.8,
+    pairs: Annotated[int, typer.Option(help="Patients of each hospital who get counterfactual twins.")] = 0,
+    seed: Annotated[int, typer.Option(help="The same seed and options give the same files.")] = 0,
+) -> None:
+    """Write made-up hospitals as DICOM files, with a disease, scanners and a bias of known strengths."""
+    from sites.datasets.phantoms import LABELS, TRUTH, TWINS, PhantomPlan, write_phantoms  # noqa: PLC0415
+
+    plan = PhantomPlan(
+        sites=sites, patients=patients, images=images, size=size, disease=disease, prevalence=prevalence,
+        prevalence_gap=prevalence_gap, women=women, site_effect=site_effect, bias=bias, correlation=correlation,
+        pairs=pairs, seed=seed,
+    )  # fmt: skip
+    truth = write_phantoms(folder, plan)
+    ill = sum(one.disease for one in truth.patients)
+    out.print(
+        f"{len(truth.patients):,} patients of {sites} hospitals, {ill:,} of them ill, in {folder}", soft_wrap=True
+    )
+    out.print(f"HOSPITAL/{LABELS} has who is ill, {TRUTH} all that is true", soft_wrap=True)
+    if truth.twins:
+        out.print(f"{len(truth.twins):,} counterfactual twins in {folder / TWINS}", soft_wrap=True)
+
+
 @contextmanager
 def _progress(what: str) -> "Iterator[Report]":
     """A bar on standard error while something is done, if somebody is looking."""
