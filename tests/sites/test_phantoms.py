@@ -121,12 +121,15 @@ def test_who_has_what_is_as_often_as_asked(plan: PhantomPlan) -> None:
     """Subgroup, disease and bias are as frequent, and the last two as tied to the first, as the plan says."""
     people = [phantoms._drawn(plan, site, number) for site in range(4) for number in range(1500)]
     women, men = ([one for one in people if one.subgroup == which] for which in "FM")
-    assert in_binomial_bounds(len(women), len(people), plan.women, 5)
+    assert in_binomial_bounds(len(women), len(people), plan.women, 7)
     for group, woman in ((women, True), (men, False)):
         shift = plan.correlation / 2 if woman else -plan.correlation / 2
-        assert in_binomial_bounds(sum(one.bias for one in group), len(group), 0.5 + shift, 5)
+        assert in_binomial_bounds(sum(one.bias for one in group), len(group), 0.5 + shift, 7)
         share = plan.prevalence + plan.prevalence_gap * ((1 - plan.women) if woman else -plan.women)
-        assert in_binomial_bounds(sum(one.disease for one in group), len(group), share, 5)
+        assert in_binomial_bounds(sum(one.disease for one in group), len(group), share, 7)
+        # Who is ill has the bias no more often than the others of the subgroup.
+        both = sum(one.disease and one.bias for one in group)
+        assert in_binomial_bounds(both, len(group), share * (0.5 + shift), 7)
     # All in all the prevalence is the one that was asked for, whatever the gap.
     assert plan.women * plan.prevalence_of(True) + (1 - plan.women) * plan.prevalence_of(False) == pytest.approx(
         plan.prevalence
