@@ -18,8 +18,9 @@ $(READY): pyproject.toml constraints.txt data-requirements.txt
 demo: install
 	$(BIN)/secureagg demo
 
+# On all cores; `.venv/bin/python -m pytest FILE` runs some tests on one.
 test: install
-	$(BIN)/python -m pytest -m "not slow"
+	$(BIN)/python -m pytest -n auto --dist loadgroup -m "not slow"
 
 test-slow: install
 	$(BIN)/python -m pytest -m slow

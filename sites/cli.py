@@ -161,6 +161,12 @@ def create(
         str | None,
         typer.Option(help="Backend homomorphic: sites (nobody else sees the model, the default) or coordinator."),
     ] = None,
+    census: Annotated[
+        bool, typer.Option("--census", help="Also count the sites' patients together, at the end of a run.")
+    ] = False,
+    census_label: Annotated[
+        list[str] | None, typer.Option(help="NAME=no,yes: a label whose classes that census counts; with --census.")
+    ] = None,
 ) -> None:
     """Write an unsigned manifest.  Options that are not given take the heart recipe's value; see the file."""
     from sites import recipe  # noqa: PLC0415
@@ -199,6 +205,8 @@ def create(
             release_to=release_to or ("sites" if backend == "homomorphic" else "coordinator"),
         ),
     }
+    if census or census_label:
+        changes["census"] = recipe.census_table(census_label or [], max_corrupt=changes["policy"].max_corrupt)
     noise: dict[str, Any] = {"max_dropouts": max_dropouts, "mechanism": mechanism}
     if sampling_rate is not None:
         noise["sampling_rate"] = sampling_rate
@@ -461,7 +469,7 @@ def _print_manifest(manifest: "Manifest") -> None:
     from rich.table import Table  # noqa: PLC0415
 
     table = Table(show_header=False, title=f"Consortium {manifest.consortium.name}", title_justify="left")
-    sections = ("policy", "encoding", "evaluation", "training", "privacy", "noise", "deadlines")
+    sections = ("policy", "encoding", "evaluation", "training", "privacy", "noise", "census", "deadlines")
     tables = msgspec.to_builtins(manifest)
     for section, fields in ((section, tables[section]) for section in sections if section in tables):
         table.add_row(section, ", ".join(f"{name} {value}" for name, value in fields.items()))
@@ -476,7 +484,7 @@ def _print_manifest(manifest: "Manifest") -> None:
 
 
 def _print_round(record: "RoundRecord") -> None:
-    what = "evaluation" if record.purpose == "evaluate" else "training"
+    what = {"train": "training", "evaluate": "evaluation", "census": "census"}[record.purpose]
     seconds = sum(record.seconds.values())
     if record.error:
         _say(f"round {record.number}, {what}: ended without a release ({record.error}) after {seconds:.1f} s")

@@ -33,7 +33,7 @@ from secureagg import codec as round_codec
 from secureagg.lanes import WEIGHT
 from secureagg.messages import MaskedInput, RoundFailed, RoundReceipt
 from secureagg.phases import Aborted, CollectingMaskedInputs, CoordinatorFinished
-from sites import control
+from sites import census, control
 from sites.control import CopyRequest, FederationOver, GivenUp, Hello, ModelCopy, Purpose, Refused, StartRound, Withdraw
 from sites.errors import FederationFailed
 from sites.evaluation import Metrics
@@ -205,7 +205,7 @@ class CoordinatorLoop:
         self._wait_for_sites()
         rounds = self._manifest.training.rounds
         failures = 0
-        for number in range(first, rounds + 2):
+        for number in range(first, rounds + (2 if self._manifest.census is msgspec.UNSET else 3)):
             record, aggregate = self._play(store, number)
             records.append(record)
             moved = None
@@ -220,7 +220,10 @@ class CoordinatorLoop:
             self._report(record)
             self._tell_of_intruders()
             failures = 0 if aggregate is not None else failures + 1
-            if failures == FAILURES_IN_A_ROW or (aggregate is None and number > rounds):
+            if record.purpose == "census":  # whose failure takes nothing from the model
+                if aggregate is not None and aggregate.totals:
+                    self._notify(census.write_table(self._manifest, aggregate, run=self._run, state=self._state))
+            elif failures == FAILURES_IN_A_ROW or (aggregate is None and number > rounds):
                 raise FederationFailed(
                     f"coordinator: round {number} and {failures - 1} before it ended without a release, the last "
                     f"one with {record.error}; the model of the last finished round is in {self._state}"
@@ -233,7 +236,8 @@ class CoordinatorLoop:
         return Model(name=self._name, optimizer=optimizer, holders=tuple(self._up_to_date))
 
     def _purpose(self, number: int) -> Purpose:
-        return "train" if number <= self._manifest.training.rounds else "evaluate"
+        after = number - self._manifest.training.rounds
+        return "train" if after <= 0 else "evaluate" if after == 1 else "census"
 
     def _write_status(self, number: int, machine: Coordinator | None = None, *, over: str = "") -> None:
         status = Status(

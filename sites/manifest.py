@@ -36,6 +36,8 @@ if TYPE_CHECKING:
     from dp.shared import SharedNoisePlan
 
 LABEL: Final = b"secureagg/v1/manifest"
+NO_LABEL: Final = "no label"  # cells of a census that no class may be called
+SEVERAL: Final = "several"  # of a patient whose images are of more than one kind
 
 _Hex32 = Annotated[str, msgspec.Meta(pattern="^[0-9a-f]{64}\\Z")]
 _Hex64 = Annotated[str, msgspec.Meta(pattern="^[0-9a-f]{128}\\Z")]
@@ -170,6 +172,19 @@ class Noise(_Table, frozen=True):
     local_deviation: Annotated[float, msgspec.Meta(gt=0, le=2.0**62)]
 
 
+class Census(_Table, frozen=True):
+    """That the sites' patients are counted together at the end of a run (see ``sites.census``).
+
+    A count is published if it is of at least ``minimum_patients`` and ``minimum_sites``; ``labels``: target -> its
+    classes; ``max_patients``: the most of one site.
+    """
+
+    minimum_patients: Annotated[int, msgspec.Meta(ge=2, le=1_000_000)] = 10
+    minimum_sites: Annotated[int, msgspec.Meta(ge=3, le=1000)] = 3
+    max_patients: _Positive = 10_000_000
+    labels: dict[str, Annotated[list[str], msgspec.Meta(min_length=2, max_length=100)]] = {}
+
+
 class Deadlines(_Table, frozen=True):
     """Seconds until sites must have joined, answered in a phase, and trained."""
 
@@ -224,6 +239,7 @@ class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
     coordinator: CoordinatorTable
     sites: Annotated[list[CardTable], msgspec.Meta(min_length=3, max_length=1000)]
     noise: Noise | msgspec.UnsetType = msgspec.UNSET
+    census: Census | msgspec.UnsetType = msgspec.UNSET
     signatures: list[Signature] = []
 
     @classmethod
@@ -414,6 +430,7 @@ class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
             self.coordinator.card.check()
             roster = self.roster
             self._check_privacy(where)
+            self._check_census(where)
             check_backend(self.policy.backend, self.policy.release_to, self.policy.graph)
             if self.policy.backend == "homomorphic":
                 slot_bits(len(self.sites))
@@ -431,6 +448,23 @@ class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
         if self.policy.minimum_cohort > len(roster):
             raise ManifestError(
                 f"{where}: minimum_cohort is {self.policy.minimum_cohort}, expected at most the {len(roster)} sites"
+            )
+
+    def _check_census(self, where: str) -> None:
+        if not isinstance(self.census, Census):
+            return
+        for name, classes in self.census.labels.items():
+            if len({*classes, NO_LABEL, SEVERAL}) != len(classes) + 2:
+                raise ManifestError(
+                    f"{where}: label {name} of [census] has a class twice, or one that is called {NO_LABEL!r} or "
+                    f"{SEVERAL!r}"
+                )
+        # Stops sites that collude from subtracting their own counts from a cell that has one more site.
+        least = self.policy.max_corrupt + 2
+        if self.census.minimum_sites < least:
+            raise ManifestError(
+                f"{where}: found {self.census.minimum_sites} as minimum_sites of [census], expected at least {least}, "
+                f"since {self.policy.max_corrupt} sites may collude"
             )
 
     def _check_privacy(self, where: str) -> None:

@@ -41,7 +41,7 @@ from secureagg.homomorphic import check_installed
 from secureagg.keystream import Spread
 from secureagg.messages import ToCoordinator
 from secureagg.phases import Aborted, ParticipantFinished
-from sites import control
+from sites import census, control
 from sites.config import OpenSite, open_site
 from sites.control import CopyRequest, FederationOver, GivenUp, Hello, ModelCopy, Purpose, Refused, StartRound, Withdraw
 from sites.errors import ConfigurationError, FederationFailed, ManifestError, SiteError
@@ -230,7 +230,12 @@ class Federation:
                 return
             if TOTAL in item.parameters.lanes:
                 item.counts.update(self._counts(item))
-            if item.purpose == "evaluate":
+            if item.purpose == "census":
+                # A site that has prepared nothing leaves the round: zeros of all but one would show that one's counts.
+                if (counts := census.take_contribution(self._session.site)) is not None:
+                    self._session.hand_over(item, encode_input(item.parameters, counts))
+                self._session.withdraw_unless_submitted(item)
+            elif item.purpose == "evaluate":
                 self._session.hand_over(item, encode_input(item.parameters, item.counts))
             else:
                 yield Round(session=self._session, task=item)
@@ -578,6 +583,10 @@ class _Session:
         training = task is not None and task.purpose == "train"
         if training and aggregate is not None and self.site.manifest.policy.release_to == "sites":
             self._held.move(aggregate)
+        if task is not None and task.purpose == "census" and aggregate is not None:
+            log.info(
+                "%s", census.write_table(self.site.manifest, aggregate, run=task.parameters.run, state=self.site.state)
+            )
         self._end_round("finished", phase)
 
     def _end_round(self, result: str, finished: ParticipantFinished | None = None) -> None:

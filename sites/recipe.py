@@ -3,7 +3,7 @@
 docs/design.md says how it was chosen; `python -m benchmarks recipe` measures it.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Final
 
 import msgspec
@@ -13,6 +13,7 @@ from dp.shared import plan_shared_noise
 from secureagg import Card
 from sites.errors import ManifestError
 from sites.manifest import (
+    Census,
     Consortium,
     Deadlines,
     Encoding,
@@ -94,6 +95,16 @@ def new_manifest(
         least = max(policy.minimum_cohort, len(cards) - shared.max_dropouts)
         tables["policy"] = msgspec.structs.replace(policy, minimum_cohort=least)
     return Manifest.create(coordinator=coordinator, address=address, cards=cards, **tables)
+
+
+def census_table(labels: Sequence[str], *, max_corrupt: int) -> Census:
+    """A census of patients and of ``labels``, each as "NAME=class,class"; ManifestError for one that is none."""
+    classes = {name: listed.split(",") for name, _, listed in (text.partition("=") for text in labels)}
+    fields = {"labels": classes, "minimum_sites": max(3, max_corrupt + 2)}
+    try:
+        return msgspec.convert(fields, Census)
+    except msgspec.ValidationError as error:
+        raise ManifestError(f"census: {error}") from error
 
 
 def recipe_of(mode: str) -> tuple[Training, Privacy]:

@@ -8,9 +8,10 @@ import numpy.typing as npt
 
 from dp.shared import decode
 from secureagg import Aggregate, Counts, FixedPoint, Lane, ParameterError, RingElements, RoundParameters, SiteId
+from sites import census
 from sites.control import Purpose
 from sites.evaluation import Metrics, metrics_from_counts
-from sites.manifest import Manifest
+from sites.manifest import Census, Manifest
 from sites.model_state import ModelSpec
 from transport import Limits
 
@@ -44,7 +45,8 @@ def round_parameters(
     """The parameters of one round of ``purpose`` with ``cohort``; ParameterError if the manifest does not allow it.
 
     A training round sums the weighted update and the evaluation counts of the incoming model, one with shared noise
-    only what is noised; an evaluation round sums the counts only.
+    only what is noised; an evaluation round sums the counts only; a census round, the last one of a run, sums counts of
+    patients.
     """
     members = [SiteId(site) for site in cohort]
     # Stops a coordinator that forms a smaller cohort than every site signed for.
@@ -55,8 +57,11 @@ def round_parameters(
         )
     # Stops a coordinator that goes on asking for updates after the rounds that every site signed for.
     planned = manifest.training.rounds
-    if round_number > planned + (purpose == "evaluate"):
+    if round_number > planned + {"train": 0, "evaluate": 1, "census": 2}[purpose]:
         raise ParameterError(f"round {round_number}, {purpose}: the manifest has {planned} training rounds")
+    # Stops one that asks for a census that nobody signed for, or for several.
+    if purpose == "census" and (not isinstance(manifest.census, Census) or round_number != planned + 2):
+        raise ParameterError(f"round {round_number}, census: the manifest has none, or not in this round")
     bound = Counts(maximum=manifest.evaluation.max_examples)
     lanes = [
         Lane(name=CORRECT, length=1, encoding=bound),
@@ -64,6 +69,8 @@ def round_parameters(
         Lane(name=HISTOGRAM, length=2 * manifest.evaluation.histogram_bins, encoding=bound),
     ]
     plan, weighted = manifest.noise_plan, False
+    if purpose == "census":
+        lanes = census.lanes(census.census_of(manifest))
     if purpose == "train" and plan is not None:
         # With shared noise a round is one step: the model is evaluated at the end.
         lanes = [Lane(name=UPDATE, length=plan.dimensions, encoding=RingElements(ring_bits=plan.ring_bits))]

@@ -109,3 +109,26 @@ def test_the_command_line_needs_neither_torch_nor_pydicom() -> None:
         "import sites.cli, sites.datasets.dicom.summary"
     )
     subprocess.run([sys.executable, "-c", program], check=True)
+
+
+def test_phantoms_are_inspected_without_a_refusal(run: Run, tmp_path: Path) -> None:
+    """`data phantom` writes what `data inspect` takes as it is, labels included, and the truth beside it."""
+    status, out, error = run(
+        "data", "phantom", "--out", tmp_path / "out", "--sites", "3", "--patients", "5", "--images", "2",
+        "--bias", "1", "--pairs", "1",
+    )  # fmt: skip
+    assert status == 0, error
+    truth = json.loads((tmp_path / "out" / "truth.json").read_text())
+    ill = sum(one["disease"] for one in truth["patients"])
+    assert f"15 patients of 3 hospitals, {ill} of them ill" in out
+    assert "6 counterfactual twins" in out
+    own, file = tmp_path / "out" / "hospital-1", tmp_path / "summary.json"
+    status, out, error = run(
+        "data", "inspect", own / "images", "--state", tmp_path / "state", "--json", file, "--decode-all",
+        "--labels", own / "labels.csv", "--target", "disease=no,yes",
+    )  # fmt: skip
+    assert status == 0, error
+    found = json.loads(file.read_text())
+    assert (found["images"], found["patients"], found["volumes"], found["decoded"]) == (10, 5, 5, 10)
+    assert found["refused"] == found["not_decoded"] == found["no_volume"] == {}
+    assert found["labels"]["disease"]["no label"] == 0

@@ -3,6 +3,7 @@
 import threading
 import tracemalloc
 from collections.abc import Sequence
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -11,7 +12,7 @@ from secureagg import SiteId
 from secureagg.codec import decode_from_site, encode
 from secureagg.messages import KeyAdvertisement, MaskedInput
 from sites import control
-from sites.participant_loop import _Session
+from sites.participant_loop import LOG, _Session
 from transport import PeerId
 
 CHUNKS, SIZE = 16, 1 << 20
@@ -82,17 +83,20 @@ class Discarding:
 
 
 @pytest.mark.parametrize(("number", "left"), [(3, True), (2, False), (4, False)])
-def test_given_up(number: int, left: bool) -> None:
+def test_given_up(tmp_path: Path, number: int, left: bool) -> None:
     """A site that is told that a round goes on without it leaves exactly that round, and what still waits to be sent
     does not hold up the next one."""
     session = _Session.__new__(_Session)
     session._endpoint = endpoint = Discarding()
     session._changed, session.history, session._participant = threading.Condition(), [], None
-    session._task = task = SimpleNamespace(parameters=SimpleNamespace(run="run", round_number=3), purpose="train")
+    parameters = SimpleNamespace(run="run", round_number=3)
+    session._task = task = SimpleNamespace(parameters=parameters, purpose="train", began=0.0)
+    session.site = SimpleNamespace(state=tmp_path)
     session._take(tuple(control.encode(control.GivenUp(run="run", round_number=number))))
     assert endpoint.discarded == left
     assert session._task is (None if left else task)
     assert [entry.result for entry in session.history] == ["unfinished"] * left
+    assert (tmp_path / LOG).exists() == left
 
 
 @pytest.mark.parametrize(("waiting", "due", "said"), [(1, 0.0, 0), (0, 1e18, 0), (0, 0.0, 1)])
