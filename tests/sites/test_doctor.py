@@ -117,6 +117,7 @@ def test_nobody_listens(consortium: Consortium) -> None:
         (generate_keys("other").transport_secret, "", "handshake fails", "other keys than the manifest has"),
         (None, "a", "does not admit", "compare digests"),
     ],
+    ids=["another key", "not admitted"],
 )
 def test_a_coordinator_that_is_another(consortium: Consortium, secret, without: str, text: str, advice: str) -> None:
     """A coordinator with other keys, or that does not list this site, is told apart from none."""
