@@ -231,14 +231,14 @@ def sign(
     ] = None,
 ) -> None:
     """Sign a manifest for one site, and print the digest to compare with the other sites by telephone."""
-    from sites.config import OwnData, save_config  # noqa: PLC0415
+    from sites.config import HeartData, save_config  # noqa: PLC0415
     from sites.keys import load_keys  # noqa: PLC0415
     from sites.manifest import Manifest  # noqa: PLC0415
 
     own = load_keys(keys)
     signed = Manifest.load(manifest).sign(own.identity, own.site)
     if site_config is not None:
-        data = None if heart is None else OwnData(kind="heart", hospital=heart)
+        data = None if heart is None else HeartData(hospital=heart)
         save_config(site_config, manifest=signed, manifest_path=manifest, keys=keys, site=own.site, data=data)
     signed.save(manifest)
     out.print(f"signed by {own.site}; digest {signed.digest.hex()}", soft_wrap=True)

@@ -56,12 +56,31 @@ class OwnPolicy(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only
     minimum_survivors: Annotated[int, msgspec.Meta(ge=0)] = 0
 
 
-class OwnData(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
-    """Data that the site program trains on: the ``hospital``'s part of the heart data, from ``folder`` or the wheel."""
+class HeartData(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True, tag_field="kind", tag="heart"):
+    """Train on the ``hospital``'s part of the heart data, from ``folder`` or the wheel."""
 
-    kind: Literal["heart"]
     hospital: str
     folder: str = ""
+
+
+class DicomData(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True, tag_field="kind", tag="dicom"):
+    """Train on the DICOM files below ``folder``, as the manifest's [images] says, with the targets in the CSV
+    ``labels``.
+
+    ``merges``: CSV of patients with several numbers.  ``index``: folder of the index and of the secret behind patients'
+    pseudonyms, by default the state folder; a site in several consortia names the same one in each SITE.toml, so that
+    the same patients are trained on in each.  ``keep_derived``, ``keep_suspected_text``: see ``Limits``.
+    """
+
+    folder: str
+    labels: str
+    merges: str = ""
+    index: str = ""
+    keep_derived: bool = False
+    keep_suspected_text: bool = False
+
+
+OwnData = HeartData | DicomData
 
 
 class SiteConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):

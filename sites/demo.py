@@ -24,7 +24,7 @@ from rich.table import Table
 
 from secureagg.homomorphic import check_installed
 from secureagg.parameters import Backend
-from sites.config import OwnData, save_config
+from sites.config import HeartData, save_config
 from sites.coordinator_loop import RoundRecord
 from sites.datasets.heart import HOSPITALS, load_hospitals
 from sites.errors import ConfigurationError, FederationFailed
@@ -267,7 +267,7 @@ def _create_consortium(
             manifest_path=folder / "manifest.toml",
             keys=folder / name / f"{name}.keys",
             site=name,
-            data=OwnData(kind="heart", hospital=name, folder="" if data_folder is None else str(data_folder.resolve())),
+            data=HeartData(hospital=name, folder="" if data_folder is None else str(data_folder.resolve())),
         )
     return manifest
 
