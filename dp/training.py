@@ -136,9 +136,10 @@ def train_private(
 
     ``features`` and ``targets``: a row per image or visit; ``patients``: whose each row is; ``loss``: predictions and
     targets of some rows to the SUM of their losses; ``max_rows_per_patient``: K; ``max_batch_rows``: how many rows are
-    in memory at once, which changes the time only; ``augmentation``: views of rows, which are rows of the same patient.  A patient whose gradient is not finite contributes nothing to a
-    step.  Raises UnsupportedEvent, before anything is sampled, for a plan that is not the booked event, numbers that
-    are no bounds, a layer that mixes rows or that Opacus has no per-row gradient for, and a loss that couples rows.
+    in memory at once, which changes the time only; ``augmentation``: views of rows, which are rows of the same patient.
+    A patient whose gradient is not finite contributes nothing to a step.  Raises UnsupportedEvent, before anything is
+    sampled, for a plan that is not the booked event, numbers that are no bounds, a layer that mixes rows or that Opacus
+    has no per-row gradient for, and a loss that couples rows.
     """
     if (plan.steps, plan.sampling_rate) != (event.steps, event.sampling_rate):
         raise UnsupportedEvent(

@@ -1,10 +1,10 @@
 """Several random views of one row (an image shifted, turned, noised) as more rows of the same patient.
 
-A patient's gradient is the mean over all views of the patient's rows, and is clipped after that mean is taken.  So views
-cost no privacy, however many there are, and they make the mean steadier (De et al., 2022, "augmentation
-multiplicity").  A rare class may have more views, or wilder ones, than a common one; it does not weigh more by that,
-since the mean is over the patient's own views.  What must not be is a view that depends on another patient: a transform
-is given one row, and must keep nothing of the rows before.
+A patient's gradient is the mean over all views of the patient's rows, and is clipped after that mean is taken.  So
+views cost no privacy, however many there are, and they make the mean steadier (De, Berrada, Hayes, Smith, Balle 2022,
+"augmentation multiplicity").  A rare class may have more views, or wilder ones, than a common one; it does not weigh
+more by that, since the mean is over the patient's own views.  What must not be is a view that depends on another
+patient: a transform is given one row, and must keep nothing of the rows before.
 """
 
 from collections.abc import Callable, Mapping
@@ -35,8 +35,8 @@ class Views:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Augmentation:
-    """Which views rows have by their class, the number in ``column`` of their targets; ``otherwise``: those of all other
-    rows, which are used once and as they are without it."""
+    """Which views rows have by their class, the number in ``column`` of their targets; ``otherwise``: those of all
+    other rows, which are used once and as they are without it."""
 
     of_class: Mapping[float, Views] = field(default_factory=dict)
     otherwise: Views | None = None

@@ -406,7 +406,7 @@ def _print_manifest(manifest: "Manifest") -> None:
     from rich.table import Table  # noqa: PLC0415
 
     table = Table(show_header=False, title=f"Consortium {manifest.consortium.name}", title_justify="left")
-    sections = ("policy", "encoding", "evaluation", "training", "privacy", "noise", "deadlines")
+    sections = ("policy", "encoding", "evaluation", "training", "privacy", "noise", "images", "deadlines")
     tables = msgspec.to_builtins(manifest)
     for section, fields in ((section, tables[section]) for section in sections if section in tables):
         table.add_row(section, ", ".join(f"{name} {value}" for name, value in fields.items()))
