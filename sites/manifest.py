@@ -191,6 +191,16 @@ class Images(_Table, frozen=True):
     augmentation: list[ClassViews] = []
 
 
+def load_images(path: Path) -> Images:
+    """The fields of [images] in a TOML file of their own; ManifestError naming file and field for anything else."""
+    try:
+        return msgspec.convert(tomllib.loads(path.read_text()), Images)
+    except OSError as error:
+        raise ManifestError(f"{path}: cannot be read: {error.strerror}") from error
+    except (ValueError, DatasetError) as error:
+        raise ManifestError(f"{path}: {error}") from error
+
+
 class Deadlines(_Table, frozen=True):
     """Seconds until sites must have joined, answered in a phase, and trained."""
 

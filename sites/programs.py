@@ -18,6 +18,7 @@ from secureagg.messages import KeyAdvertisement
 from sites import control
 from sites.config import OpenSite, open_site
 from sites.coordinator_loop import CoordinatorLoop, RoundRecord
+from sites.datasets.dicom.cache import CARD_FILE, PARTS
 from sites.errors import ConfigurationError
 from sites.files import write_atomic
 from sites.keys import load_keys
@@ -25,6 +26,7 @@ from sites.manifest import Manifest
 from sites.model_state import model_digest
 from sites.participant_loop import Federation, RoundResult
 from sites.rounds import model_spec
+from sites.site_data import prepare_images
 from sites.trainer import Trainer, trainer_for
 from transport import DealerEndpoint, Endpoint, Limits, PeerId, listen
 
@@ -91,6 +93,13 @@ def run_coordinator(
             notify=notify,
         )
         return loop.run()
+
+
+def prepare_site(config: Path) -> str:
+    """Read and decode a site's images before any run; how many rows of how many patients there are, part by part."""
+    card = prepare_images(open_site(config))
+    parts = (f"{part} {card.rows[part]:,} images of {card.patients[part]:,} patients" for part in PARTS if card.rows[part])
+    return f"{', '.join(parts)}; {sum(card.refused.values()):,} files or images left out, see {CARD_FILE}"
 
 
 def run_site(
