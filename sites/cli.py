@@ -352,7 +352,8 @@ def demo(
         typer.Option(help="Each hospital's privacy budget, over all rounds; by default 1 for heart, 8 for xray."),
     ] = None,
     mode: Annotated[
-        Mode, typer.Option(help="Noise of each hospital's own, or shared by all, per patient or per whole site; or none.")
+        Mode,
+        typer.Option(help="Noise of each hospital's own, or shared by all, per patient or per whole site; or none."),
     ] = Mode.LOCAL,
     backend: Annotated[
         BackendChoice, typer.Option(help="Masked sums, or homomorphic ones that the coordinator cannot read either.")

@@ -98,7 +98,9 @@ def run_coordinator(
 def prepare_site(config: Path) -> str:
     """Read and decode a site's images before any run; how many rows of how many patients there are, part by part."""
     card = prepare_images(open_site(config))
-    parts = (f"{part} {card.rows[part]:,} images of {card.patients[part]:,} patients" for part in PARTS if card.rows[part])
+    parts = (
+        f"{part} {card.rows[part]:,} images of {card.patients[part]:,} patients" for part in PARTS if card.rows[part]
+    )
     return f"{', '.join(parts)}; {sum(card.refused.values()):,} files or images left out, see {CARD_FILE}"
 
 

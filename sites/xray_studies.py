@@ -113,19 +113,19 @@ def write_studies(part: XrayPart, folder: Path, *, vendor: Vendor, root: int) ->
     for row, patient in enumerate(owners):
         path = folder / IMAGES_FOLDER / names[patient] / f"{row:05d}.dcm"
         path.parent.mkdir(parents=True, exist_ok=True)
-        _write(path, part.images[row], vendor=vendor, patient=names[patient], uid=f"{_UID_ROOT}{root}.{patient}", row=row)
+        _write(
+            path, part.images[row], vendor=vendor, patient=names[patient], uid=f"{_UID_ROOT}{root}.{patient}", row=row
+        )
     of_patient = dict(zip(owners, part.labels.tolist(), strict=True))
     lines = [f"{names[patient]},{vendor.issuer},{FINDING.classes[label]}" for patient, label in of_patient.items()]
     (folder / LABELS_FILE).write_text("\n".join([f"patient,issuer,{FINDING.name}", *lines]) + "\n", encoding="utf-8")
 
 
-def _write(
-    path: Path, pixels: npt.NDArray[np.uint8], *, vendor: Vendor, patient: str, uid: str, row: int
-) -> None:
+def _write(path: Path, pixels: npt.NDArray[np.uint8], *, vendor: Vendor, patient: str, uid: str, row: int) -> None:
     """One file of the study ``uid``; seen through its window it is what ``pixels`` were."""
     from pydicom import Dataset  # noqa: PLC0415  of the extra `dicom`
     from pydicom.dataset import FileMetaDataset  # noqa: PLC0415
-    from pydicom.uid import ComputedRadiographyImageStorage, ExplicitVRLittleEndian, RLELossless  # noqa: PLC0415
+    from pydicom.uid import UID, ComputedRadiographyImageStorage, ExplicitVRLittleEndian, RLELossless  # noqa: PLC0415
 
     brightest = 255 * vendor.stored
     values = pixels.astype(np.uint16) * vendor.stored
@@ -134,8 +134,9 @@ def _write(
     dataset = Dataset()
     dataset.file_meta = FileMetaDataset()
     dataset.file_meta.TransferSyntaxUID = ExplicitVRLittleEndian
-    dataset.file_meta.MediaStorageSOPClassUID = dataset.SOPClassUID = ComputedRadiographyImageStorage
-    dataset.file_meta.MediaStorageSOPInstanceUID = dataset.SOPInstanceUID = f"{uid}.{row}"
+    dataset.SOPClassUID, dataset.SOPInstanceUID = ComputedRadiographyImageStorage, UID(f"{uid}.{row}")
+    dataset.file_meta.MediaStorageSOPClassUID = dataset.SOPClassUID
+    dataset.file_meta.MediaStorageSOPInstanceUID = dataset.SOPInstanceUID
     dataset.StudyInstanceUID, dataset.SeriesInstanceUID = uid, f"{uid}.0"
     dataset.PatientID, dataset.Modality, dataset.Manufacturer = patient, "CR", vendor.maker
     if vendor.issuer:
