@@ -5,7 +5,7 @@
 Seven hospitals (``sites.xray_studies``) train by the sites' own trainers in one process, with ledgers, clipping, noise
 and encoding as they are; sums are added modulo the ring here, which is what a secure sum opens, and every hospital
 survives every round.  AUC is that of the 624 test images; with ``--validation`` it is that of the file's validation
-images, which nobody trains on either, and of the same moved, blurred, noised and zoomed: what is chosen is chosen there.
+images, which nobody trains on either, and of the same moved, blurred, noised and zoomed; choices are made there.
 "alone": each hospital's own model by the recipe of mode local (or none), the mean over hospitals.
 """
 
@@ -15,6 +15,7 @@ import statistics
 import tempfile
 import time
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 
 import msgspec
@@ -28,7 +29,6 @@ from dp.ledger import Ledger
 from dp.shared import decode
 from secureagg.identity import Identity
 from secureagg.testing import CountingEntropy
-from sites.datasets.dicom import TargetLoss
 from sites.demo_data import XRAY_PLAN, XrayDemo, xray_images, xray_recipe
 from sites.keys import generate_keys
 from sites.manifest import Images, Manifest, Privacy, Training
@@ -37,9 +37,9 @@ from sites.models import image_model, initial_image_model
 from sites.recipe import new_manifest
 from sites.reference import state_alone
 from sites.server_optimizer import ServerOptimizer
-from sites.site_data import SiteData, augmentation_of
+from sites.site_data import SiteData, learnt_from, through
 from sites.trainer import Examples, LocalTrainer, SharedTrainer, TrainerOptions, predict
-from sites.xray_studies import FINDING, HOSPITALS, IMAGES_PER_PATIENT, XrayPart, load_xrays
+from sites.xray_studies import HOSPITALS, XrayPart, load_xrays
 
 MODES = ("none", "local", "shared")
 
@@ -56,15 +56,8 @@ def examples_of(part: XrayPart) -> Examples:
 
 def site_of(name: str, part: XrayPart, images: Images, seed: int) -> SiteData:
     """A hospital as its own program would have it, all of its patients to train on."""
-    return SiteData(
-        dataset=name,
-        model=image_model(images, seed=seed),
-        loss=TargetLoss([FINDING]),
-        data=examples_of(part),
-        held_out=None,
-        max_rows_per_patient=IMAGES_PER_PATIENT,
-        augmentation=augmentation_of(images),
-    )
+    model = image_model(images, seed=seed)
+    return learnt_from(images, model, dataset=name, data=examples_of(part), held_out=None)
 
 
 def consortium(images: Images, training: Training, privacy: Privacy) -> Manifest:
@@ -152,14 +145,15 @@ def shown_differently(features: torch.Tensor) -> dict[str, torch.Tensor]:
 def judged(found: SiteData, state: State, test: Examples, *, validation: bool) -> dict[str, float]:
     """AUC, and balanced accuracy at 0.5; on validation images also the mean AUC over all ways of showing them."""
     labels = test.targets.numpy()
-    scores = predict(found.model, state, test.features)
+    scores = predict(found.model, state, through(found.front, test).features)
     values = {
         "AUC": float(roc_auc_score(labels, scores)),
         "balanced accuracy": float(balanced_accuracy_score(labels, scores >= 0.5)),
     }
     if validation:
-        every = shown_differently(test.features).values()
-        each = [roc_auc_score(labels, predict(found.model, state, one)) for one in every]
+        every = [replace(test, features=one) for one in shown_differently(test.features).values()]
+        seen = [through(found.front, one).features for one in every]
+        each = [roc_auc_score(labels, predict(found.model, state, one)) for one in seen]
         values["AUC, shown differently"] = float(np.mean(each))
     return values
 

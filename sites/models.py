@@ -1,5 +1,6 @@
 """Models that a manifest can name, made of layers that DP-SGD can train."""
 
+from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from math import gcd
 from typing import Final
@@ -97,7 +98,8 @@ def filter_bank(channels: int, axes: int, outputs: int) -> nn.Module:
     linear = nn.Linear(bank.features, outputs)
     nn.init.zeros_(linear.weight)
     nn.init.zeros_(linear.bias)
-    return nn.Sequential(bank, nn.LayerNorm(bank.features, elementwise_affine=False), linear)
+    norm = nn.LayerNorm(bank.features, elementwise_affine=False)
+    return nn.Sequential(OrderedDict(bank=bank, norm=norm, linear=linear))
 
 
 _MODELS: Final[dict[str, Callable[[int, int, int], nn.Module]]] = {"filter-bank": filter_bank, "small-cnn": small_cnn}
@@ -122,6 +124,16 @@ def image_model(images: Images, *, seed: int = 0) -> nn.Module:
 def initial_image_model(images: Images, *, seed: int = 0) -> bytes:
     """The safetensors bytes of ``image_model``: where a federation starts."""
     return save(image_model(images, seed=seed).state_dict())
+
+
+def without_front(model: nn.Module) -> tuple[nn.Module | None, nn.Module]:
+    """What of an ``image_model`` is fixed and comes first, if anything does, and the rest, with the same tensors.
+
+    What is fixed can be computed once for each image, and not in each step.
+    """
+    if not isinstance(model, nn.Sequential) or not isinstance(model[0], FilterBank):
+        return None, model
+    return model[0], nn.Sequential(OrderedDict(list(model.named_children())[1:]))
 
 
 class RandomShift:

@@ -20,7 +20,7 @@ from sites.evaluation import Metrics, evaluate_scores
 from sites.manifest import Privacy, Training
 from sites.model_state import ModelSpec, State
 from sites.server_optimizer import ServerOptimizer
-from sites.site_data import SiteData
+from sites.site_data import SiteData, through
 from sites.trainer import Examples, LocalTrainer, binary_loss, fingerprint, heart_model, predict
 
 
@@ -73,7 +73,7 @@ def evaluate_heart(state: State, test: Hospital, bins: int) -> Metrics:
 
 def evaluate(found: SiteData, state: State, test: Examples, bins: int) -> Metrics:
     """The metrics of a state of the site's model on the rows of ``test``."""
-    scores = predict(found.model, state, test.features, output=found.scored)
+    scores = predict(found.model, state, through(found.front, test).features, output=found.scored)
     return evaluate_scores(scores, test.targets.numpy(), bins)
 
 

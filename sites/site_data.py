@@ -1,7 +1,7 @@
 """What a site trains on, as its SITE.toml and the manifest describe it: rows, model, loss, and who is held out."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from hashlib import sha256
 from pathlib import Path
 from typing import Final
@@ -24,7 +24,7 @@ from sites.datasets.heart import HOSPITALS, Hospital, load_hospitals
 from sites.errors import ConfigurationError, DatasetError, ManifestError
 from sites.manifest import OTHERS, Images
 from sites.model_state import ModelSpec
-from sites.models import RandomShift, image_model
+from sites.models import RandomShift, image_model, without_front
 from sites.rounds import model_spec
 from sites.trainer import DATASET_LABEL, Examples, binary_loss, fingerprint, heart_model
 
@@ -35,7 +35,8 @@ COLLECTION: Final = b"DICOM collection:"
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class SiteData:
     """A site's rows, those that are held out for evaluation by the model's output ``scored``, and how they are learnt
-    from; ``dataset``: what they are called in the site's ledger."""
+    from; ``dataset``: what they are called in the site's ledger; ``front``: a fixed part of the model that the rows
+    have been through already, and that ``model`` does without."""
 
     dataset: str
     model: nn.Module
@@ -45,6 +46,7 @@ class SiteData:
     scored: int = 0
     max_rows_per_patient: int = 1
     augmentation: Augmentation | None = None
+    front: nn.Module | None = None
 
 
 def site_data(site: OpenSite) -> SiteData:
@@ -92,16 +94,42 @@ def _image_data(site: OpenSite, data: DicomData) -> SiteData:
         )
     prepare_images(site)
     cache = site.state / CACHE
-    return SiteData(
+    return learnt_from(
+        images,
+        model,
         dataset=collection(index_of(site, data), site.keys.identity),
-        model=model,
-        loss=TargetLoss(images.targets),
         data=ImageDataset(cache, "train").examples(),
         held_out=held_out_of(cache, images.targets),
-        scored=scored(images.targets)[1],
-        max_rows_per_patient=rows,
-        augmentation=augmentation_of(images),
     )
+
+
+def learnt_from(
+    images: Images, model: nn.Module, *, dataset: str, data: Examples, held_out: Examples | None
+) -> SiteData:
+    """Images (rows, channels, ...) of ``data`` and ``held_out`` as ``model`` is trained on them."""
+    augmentation = augmentation_of(images)
+    # Views are of images, so that with them everything has to be computed anew in each step.
+    front, rest = without_front(model) if augmentation is None else (None, model)
+    return SiteData(
+        dataset=dataset,
+        model=rest,
+        loss=TargetLoss(images.targets),
+        data=through(front, data),
+        held_out=None if held_out is None else through(front, held_out),
+        scored=scored(images.targets)[1],
+        max_rows_per_patient=images.plan.images_per_patient,
+        augmentation=augmentation,
+        front=front,
+    )
+
+
+def through(front: nn.Module | None, data: Examples) -> Examples:
+    """``data`` with what ``front`` makes of its rows in place of them."""
+    if front is None:
+        return data
+    with torch.no_grad():
+        features = torch.cat([front(rows) for rows in torch.split(data.features, BATCH_ROWS)])
+    return replace(data, features=features)
 
 
 def images_of(site: OpenSite) -> Images:
