@@ -44,13 +44,13 @@ XRAY_PRIVATE: Final = Images(model="filter-bank", plan=XRAY_PLAN, targets=[FINDI
 XRAY_PLAIN: Final = msgspec.structs.replace(
     XRAY_PRIVATE, model="small-cnn", augmentation=[ClassViews(of=OTHERS, views=1, shift=2)]
 )
-XRAY_PRIVACY: Final = Privacy(mode="shared", epsilon=8.0, delta=1e-4, clip_norm=1.0)
+XRAY_PRIVACY: Final = Privacy(mode="shared", epsilon=8.0, delta=1e-4, clip_norm=8.0)
 EVERYBODY: Final = 1_000_000  # as batch size: all patients of a site are in each step
 XRAY_TRAINING: Final[Mapping[str, Training]] = {
     "none": Training(
-        rounds=40,
+        rounds=20,
         local_steps=10,
-        batch_size=64,
+        batch_size=32,
         learning_rate=0.1,
         server_optimizer="average",
         server_learning_rate=1.0,
@@ -59,7 +59,7 @@ XRAY_TRAINING: Final[Mapping[str, Training]] = {
         rounds=40,
         local_steps=1,
         batch_size=EVERYBODY,
-        learning_rate=0.2,
+        learning_rate=0.05,
         server_optimizer="momentum",
         server_learning_rate=1.0,
     ),
@@ -67,7 +67,7 @@ XRAY_TRAINING: Final[Mapping[str, Training]] = {
         rounds=40,
         local_steps=1,
         batch_size=1298,
-        learning_rate=0.2,
+        learning_rate=0.05,
         server_optimizer="momentum",
         server_learning_rate=1.0,
     ),
