@@ -175,7 +175,7 @@ class Trainer(ABC, Generic[_Event]):
         gradients cannot be taken of.
         """
         if privacy.mode in ("local", "shared"):
-            refuse_layers(model)
+            refuse_layers(model.train())
         self._model = model
         self._loss, self._data, self._held_out = loss, data, held_out
         self._scored, self._augmentation = scored, augmentation
