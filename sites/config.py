@@ -9,6 +9,7 @@ from typing import Annotated, Final
 import msgspec
 import tomli_w
 
+from dp.budget import PrivacyBudget
 from secureagg import SiteId
 from sites.errors import ConfigurationError, ManifestError
 from sites.files import write_atomic
@@ -83,6 +84,20 @@ class DicomData(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only
 OwnData = HeartData | DicomData
 
 
+class Personalisation(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """After a run, train the final model on for ``steps`` on this site's own patients, for this site alone.
+
+    ``epsilon`` at ``delta``: what that may cost beside the run, within what [privacy] allows in all; ``batch_size``:
+    patients in a step, as expected.
+    """
+
+    epsilon: Annotated[float, msgspec.Meta(gt=0, le=1e9)]
+    delta: Annotated[float, msgspec.Meta(gt=0, lt=1)]
+    steps: Annotated[int, msgspec.Meta(ge=1, le=1_000_000)]
+    batch_size: Annotated[int, msgspec.Meta(ge=1)]
+    learning_rate: Annotated[float, msgspec.Meta(gt=0, le=1e9)]
+
+
 class SiteConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """The fields of SITE.toml; paths are relative to its folder.  ``data`` is absent when the training is embedded.
 
@@ -99,6 +114,7 @@ class SiteConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_onl
     ledger: str | None = None
     policy: OwnPolicy = OwnPolicy()
     data: OwnData | None = None
+    personalisation: Personalisation | None = None
 
 
 def load_config(path: Path) -> SiteConfig:
@@ -165,6 +181,12 @@ class OpenSite:
         unit = self.manifest.privacy.unit
         own = self.state / (LEDGER if unit == "patient" else f"ledger.{unit}.sqlite")
         return self.folder / self.config.ledger if self.config.ledger else own
+
+    @property
+    def budget(self) -> PrivacyBudget | None:
+        """What the data may ever cost, which is this site's own decision; the manifest says what a run may."""
+        own = self.config.privacy
+        return PrivacyBudget(own.epsilon, own.delta) if isinstance(own, BoundedPrivacy) else None
 
     @property
     def minimum_survivors(self) -> int:

@@ -30,7 +30,7 @@ from dp.views import Augmentation
 from secureagg import RoundParameters, ShapeMismatch
 from secureagg.identity import Entropy, Identity
 from secureagg.labels import VERSION
-from sites.config import BoundedPrivacy, OpenSite
+from sites.config import OpenSite
 from sites.datasets.heart import Hospital
 from sites.errors import ConfigurationError, DatasetError
 from sites.manifest import Privacy, Training
@@ -135,6 +135,7 @@ class TrainerOptions(TypedDict, total=False):
     augmentation: Augmentation | None
     consortium: str | None
     manifest_sha256: str | None
+    purpose: str
     entropy: Entropy
 
 
@@ -165,11 +166,13 @@ class Trainer(ABC, Generic[_Event]):
         augmentation: Augmentation | None = None,
         consortium: str | None = None,
         manifest_sha256: str | None = None,
+        purpose: str = "train",
         entropy: Entropy = os.urandom,
     ) -> None:
         """``name``: of the site; ``privacy``: what a run may spend; ``budget``: what all runs on this data may spend,
         the same by default; ``loss``: predictions and targets of some rows to the SUM of their losses; ``held_out``:
-        for ``evaluate``, by the model's output ``scored``; ``augmentation``: views of rows that are trained on.
+        for ``evaluate``, by the model's output ``scored``; ``augmentation``: views of rows that are trained on;
+        ``purpose``: of releases, for the ledger.
 
         Raises ConfigurationError if there is a privacy mode and no ledger, UnsupportedEvent for a model that patients'
         gradients cannot be taken of.
@@ -182,7 +185,7 @@ class Trainer(ABC, Generic[_Event]):
         self._max_rows_per_patient = max_rows_per_patient
         self._entropy = entropy
         self._privacy = privacy
-        self._consortium = consortium
+        self._consortium, self._purpose = consortium, purpose
         self._manifest_sha256 = manifest_sha256
         self._guard: BudgetGuard | None = None
         self.patients = len(set(data.owners))
@@ -233,6 +236,7 @@ class Trainer(ABC, Generic[_Event]):
                 run=run,
                 round_number=round_number,
                 event=event,
+                purpose=self._purpose,
                 unit=self._privacy.unit,
                 mode=self._privacy.mode,
                 consortium=self._consortium,
@@ -516,7 +520,7 @@ def trainer_of(
     """A trainer of ``model`` on a site's own ``data`` in the manifest's privacy mode, behind the site's budget; see
     ``Trainer``.  ``dataset``: what the data is called in the ledger, by default its fingerprint."""
     dataset = fingerprint(data, site.keys.identity) if dataset is None else dataset
-    privacy, own, noise = site.manifest.privacy, site.config.privacy, site.manifest.noise_plan
+    privacy, noise = site.manifest.privacy, site.manifest.noise_plan
     options: TrainerOptions = {
         "name": site.name,
         "model": model,
@@ -529,8 +533,7 @@ def trainer_of(
         "training": site.manifest.training,
         "privacy": privacy,
         "ledger": None if privacy.mode == "none" else ledger_of(site, dataset),
-        # What the data may ever cost is the site's own decision; the manifest says what a run may.
-        "budget": PrivacyBudget(own.epsilon, own.delta) if isinstance(own, BoundedPrivacy) else None,
+        "budget": site.budget,
         "consortium": site.manifest.consortium.name,
         "manifest_sha256": site.manifest.digest.hex(),
     }
