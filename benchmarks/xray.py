@@ -29,7 +29,7 @@ from dp.ledger import Ledger
 from dp.shared import decode
 from secureagg.identity import Identity
 from secureagg.testing import CountingEntropy
-from sites.demo_data import XRAY_PLAN, XrayDemo, xray_images, xray_recipe
+from sites.demo_data import XRAY_IMAGES, XRAY_PLAN, XrayDemo, xray_recipe
 from sites.keys import generate_keys
 from sites.manifest import Images, Manifest, Privacy, Training
 from sites.model_state import ModelSpec, State
@@ -183,7 +183,7 @@ def main() -> None:
         for mode in asked.modes:
             training, privacy = xray_recipe(mode)
             training = msgspec.convert({**msgspec.to_builtins(training), **json.loads(asked.training)}, Training)
-            images = xray_images(mode)
+            images = XRAY_IMAGES
             if asked.model is not None:
                 images = msgspec.structs.replace(images, model=asked.model)
             found = {name: site_of(name, parts[name], images, seed) for name in HOSPITALS}

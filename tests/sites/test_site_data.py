@@ -1,6 +1,8 @@
 """A site that trains on a folder of DICOM studies, as the manifest's [images] says, with patients as the unit."""
 
+import stat
 import tomllib
+from contextlib import closing
 from dataclasses import replace
 
 import msgspec
@@ -11,16 +13,21 @@ import torch
 from support.consortium import make_consortium
 from support.xray_studies import IMAGES, PLAN, VIEWS, write_some
 
-from dp.ledger import read_ledger, verify
-from sites.config import DicomData, open_site
+from dp.budget import BudgetGuard, PrivacyBudget
+from dp.errors import BudgetExhausted
+from dp.events import PoissonSampledGaussian
+from dp.ledger import Release, read_ledger, verify
+from secureagg.testing import CountingEntropy
+from sites.config import DicomData, LocalPrivacy, NoPrivacy, Personalisation, open_site
 from sites.datasets.dicom import ImageDataset, Target
 from sites.errors import ConfigurationError, ManifestError
 from sites.files import create_private
 from sites.manifest import Images, Manifest, load_images
 from sites.models import initial_image_model
+from sites.personalisation import PERSONAL_MODEL, personalise
 from sites.recipe import PRIVACY, TRAINING
 from sites.site_data import CACHE, augmentation_of, held_out_of, prepare_images, scored, site_data
-from sites.trainer import trainer_for
+from sites.trainer import ledger_of, trainer_for
 from sites.xray_studies import FINDING
 
 SITE = "hospital-6"  # the smallest with many of both classes
@@ -215,3 +222,82 @@ def test_the_site_s_own_fields(tmp_path):
     path = consortium(tmp_path)
     data = open_site(path).config.data
     assert data == DicomData(folder=f"../studies/{SITE}/images", labels=f"../studies/{SITE}/labels.csv")
+
+
+# The site's own version of the model
+
+
+OWN = Personalisation(epsilon=0.5, delta=1e-3, steps=3, batch_size=10, learning_rate=0.5)
+
+
+def own(site, folder, *, mode="local", epsilon=9.0, plan=OWN):
+    """``site`` with its state in ``folder``, which is new, with this budget, and with a personalisation."""
+    privacy = NoPrivacy() if mode == "none" else LocalPrivacy(epsilon=epsilon, delta=1e-3)
+    index = str(site.state.resolve())
+    config = msgspec.structs.replace(
+        site.config,
+        state=str(folder),
+        privacy=privacy,
+        personalisation=plan,
+        data=msgspec.structs.replace(site.config.data, index=index),
+    )
+    unit = "site" if mode == "site" else "patient"
+    offered = msgspec.structs.replace(site.manifest.privacy, mode=mode, unit=unit)
+    manifest = msgspec.structs.replace(site.manifest, privacy=offered, images=IMAGES)
+    return replace(site, config=config, manifest=manifest)
+
+
+def final_state():
+    """A final model that has learnt nothing."""
+    return {"linear.weight": torch.zeros(1, 784), "linear.bias": torch.zeros(1)}
+
+
+def test_a_personal_model(site, tmp_path):
+    """It is booked before anybody is sampled as a run of its own, costs what was allowed, is better at home, and only
+    its owner can read it; asked again, the same model comes without another cost."""
+    mine = own(site, tmp_path / "state")
+    found = personalise(mine, final_state(), run="r", entropy=CountingEntropy(b"p"))
+    assert found.before.auc == 0.5
+    assert found.after.auc > 0.8
+    assert 0.49 < found.epsilon <= 0.5
+    (booked,) = [entry for entry in verify(read_ledger(mine.ledger)).entries if entry["kind"] == "reserve"]
+    assert (booked["purpose"], booked["run"], booked["event"]["steps"]) == ("personalise", "personalise r", 3)
+    file = mine.state / PERSONAL_MODEL
+    assert stat.S_IMODE(file.stat().st_mode) == 0o600
+    before = file.read_bytes()
+    assert personalise(mine, final_state(), run="r") == found
+    assert file.read_bytes() == before
+    assert len([one for one in verify(read_ledger(mine.ledger)).entries if one["kind"] == "reserve"]) == 1
+
+
+def test_no_room_for_a_personal_model(site, tmp_path, monkeypatch):
+    """Where the site's own budget has no room nobody is sampled and no model is written."""
+    monkeypatch.delattr("sites.trainer.train_private")
+    mine = own(site, tmp_path / "state", epsilon=0.4)
+    with closing(ledger_of(mine, site_data(mine).dataset)) as ledger:
+        event = PoissonSampledGaussian(sampling_rate=1.0, noise_multiplier=10.0, steps=1)
+        guard = BudgetGuard(PrivacyBudget(0.5, 1e-3), ledger)
+        guard.authorize(Release(run="before", round_number=1, event=event))
+        spent = guard.spent
+    with pytest.raises(BudgetExhausted):
+        personalise(own(site, tmp_path / "state", epsilon=spent), final_state(), run="r")
+    assert not (mine.state / PERSONAL_MODEL).exists()
+
+
+def test_a_personal_model_without_privacy(site, tmp_path):
+    """Where all have agreed on no privacy, it is trained in clear and no ledger is made."""
+    gentle = msgspec.structs.replace(OWN, steps=30, learning_rate=0.005)
+    mine = own(site, tmp_path / "state", mode="none", plan=gentle)
+    found = personalise(mine, final_state(), run="r")
+    assert found.epsilon is None
+    assert found.after.auc > 0.8
+    assert not mine.ledger.exists()
+
+
+@pytest.mark.parametrize(
+    ("mode", "plan", "match"), [("local", None, r"no \[personalisation\]"), ("site", OWN, "mode site")]
+)
+def test_no_personal_model(site, tmp_path, mode, plan, match):
+    """Without a table in SITE.toml, and where whole sites are the unit, there is none."""
+    with pytest.raises(ConfigurationError, match=match):
+        personalise(own(site, tmp_path / "state", mode=mode, plan=plan), final_state(), run="r")
