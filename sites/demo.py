@@ -225,8 +225,9 @@ def _references(
         name: evaluate(one, state_alone(one, training=training, privacy=own), test, bins) for name, one in found.items()
     }
     together = pool_sites(found)
+    training, privacy = data.recipe("none")
     whole = msgspec.structs.replace(training, batch_size=training.batch_size * len(found))
-    plain = state_alone(together, training=whole, privacy=msgspec.structs.replace(privacy, mode="none"))
+    plain = state_alone(together, training=whole, privacy=privacy)
     return {**metrics, POOLED: evaluate(together, plain, test, bins)}
 
 
