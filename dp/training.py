@@ -26,14 +26,15 @@ import numpy.typing as npt
 import torch
 from opacus import GradSampleModule
 from opacus.optimizers import DPOptimizer
-from opacus.validators import ModuleValidator
 from torch import Tensor, nn
 
 from dp.errors import UnsupportedEvent
 from dp.events import PoissonSampledGaussian
 from dp.gradients import Loss, forget_gradients, refuse_coupled, row_gradients
+from dp.layers import refuse_layers
 from dp.noise import LARGEST, GaussianNoise, csprng
 from dp.shared import ClippedSum
+from dp.views import Augmentation
 
 BATCH_ROWS: Final = 256
 PIECE: Final = 1 << 16  # numbers of double precision: 512 KiB
@@ -128,26 +129,36 @@ def train_private(
     clip_norm: float,
     max_rows_per_patient: int = 1,
     max_batch_rows: int = BATCH_ROWS,
+    augmentation: Augmentation | None = None,
     entropy: Callable[[int], bytes] = os.urandom,
 ) -> None:
     """Train ``model`` in place for the steps of ``event``, which must have been booked before.
 
     ``features`` and ``targets``: a row per image or visit; ``patients``: whose each row is; ``loss``: predictions and
     targets of some rows to the SUM of their losses; ``max_rows_per_patient``: K; ``max_batch_rows``: how many rows are
-    in memory at once, which changes the time only.  A patient whose gradient is not finite contributes nothing to a
-    step.  Raises UnsupportedEvent, before anything is sampled, for a plan that is not the booked event, numbers that
-    are no bounds, a layer that mixes rows or that Opacus has no per-row gradient for, and a loss that couples rows.
+    in memory at once, which changes the time only; ``augmentation``: views of rows, which are rows of the same patient.
+    A patient whose gradient is not finite contributes nothing to a step.  Raises UnsupportedEvent, before anything is
+    sampled, for a plan that is not the booked event, numbers that are no bounds, a layer that mixes rows or that Opacus
+    has no per-row gradient for, and a loss that couples rows.
     """
     if (plan.steps, plan.sampling_rate) != (event.steps, event.sampling_rate):
         raise UnsupportedEvent(
             f"training: {plan.steps} steps at sampling rate {plan.sampling_rate:.4g}, booked were {event.steps} at "
             f"{event.sampling_rate:.4g}"
         )
+    views = None if augmentation is None else augmentation.counts(targets)
+    most_views = 1 if views is None else int(views.max(initial=1))
     rows_of_patient = _rows_of_patient(
-        features, targets, patients, clip_norm=clip_norm, most=max_rows_per_patient, most_of_batch=max_batch_rows
+        features,
+        targets,
+        patients,
+        clip_norm=clip_norm,
+        most=max_rows_per_patient,
+        most_views=most_views,
+        most_of_batch=max_batch_rows,
     )
     model.train()
-    _refuse_layers(model)
+    refuse_layers(model)
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     noise = GaussianNoise(
         clip_norm=clip_norm,
@@ -170,11 +181,11 @@ def train_private(
             expected_batch_size=event.sampling_rate * len(rows_of_patient),
         )
         for _ in range(event.steps):
-            chosen = _sample(rows_of_patient, event.sampling_rate, max_rows_per_patient, coins)
+            chosen = _sample(rows_of_patient, event.sampling_rate, max_rows_per_patient, coins, views)
             for batch, is_last in _batches(chosen, max_batch_rows):
                 optimizer.zero_grad(set_to_none=True)  # keeps the sum of the step's batches before
                 optimizer.take([len(rows) for rows in batch])
-                _find_gradients(wrapped, loss, features, targets, batch)
+                _find_gradients(wrapped, loss, features, targets, batch, augmentation)
                 optimizer.signal_skip_step(not is_last)
                 optimizer.step()
 
@@ -190,6 +201,7 @@ def clipped_gradient_sum(
     clip_norm: float,
     max_rows_per_patient: int = 1,
     max_batch_rows: int = BATCH_ROWS,
+    augmentation: Augmentation | None = None,
     entropy: Callable[[int], bytes] = os.urandom,
 ) -> ClippedSum:
     """The sum (d,) over one Poisson sample of the patients, of each one's mean gradient clipped to ``clip_norm``; not
@@ -201,11 +213,19 @@ def clipped_gradient_sum(
     """
     if not 0 < sampling_rate <= 1:
         raise UnsupportedEvent(f"training: found sampling rate {sampling_rate}, expected above 0 and at most 1")
+    views = None if augmentation is None else augmentation.counts(targets)
+    most_views = 1 if views is None else int(views.max(initial=1))
     rows_of_patient = _rows_of_patient(
-        features, targets, patients, clip_norm=clip_norm, most=max_rows_per_patient, most_of_batch=max_batch_rows
+        features,
+        targets,
+        patients,
+        clip_norm=clip_norm,
+        most=max_rows_per_patient,
+        most_views=most_views,
+        most_of_batch=max_batch_rows,
     )
     model.train()
-    _refuse_layers(model)
+    refuse_layers(model)
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     dimensions = sum(parameter.numel() for parameter in trained)
     spacing = SUM_GRID * clip_norm / math.sqrt(max(1, dimensions))
@@ -217,9 +237,9 @@ def clipped_gradient_sum(
         )
     totals = [parameter.new_zeros(parameter.numel(), dtype=torch.float64) for parameter in trained]
     with _with_row_gradients(model, loss, features, targets, most_rows=max_batch_rows) as wrapped:
-        chosen = _sample(rows_of_patient, sampling_rate, max_rows_per_patient, csprng(entropy))
+        chosen = _sample(rows_of_patient, sampling_rate, max_rows_per_patient, csprng(entropy), views)
         for batch, _ in _batches(chosen, max_batch_rows):
-            _find_gradients(wrapped, loss, features, targets, batch)
+            _find_gradients(wrapped, loss, features, targets, batch, augmentation)
             owners = _Batch([len(rows) for rows in batch])
             owners.add_clipped(trained, totals, most=clip_norm * (1 - SUM_GRID), grid=grid)
     return ClippedSum(torch.cat([total.cpu() for total in totals]).numpy())
@@ -250,37 +270,18 @@ def _find_gradients(
     features: Tensor,
     targets: Tensor,
     batch: Sequence[npt.NDArray[np.int64]],
+    augmentation: Augmentation | None,
 ) -> None:
-    """Leave in each trained parameter's ``grad_sample`` the gradients of these patients' rows."""
+    """Leave in each trained parameter's ``grad_sample`` the gradients of these patients' rows, or of views of them."""
     if batch:
         rows = torch.from_numpy(np.concatenate(batch))
-        row_gradients(wrapped, loss, features[rows.to(features.device)], targets[rows.to(targets.device)])
+        inputs, labels = features[rows.to(features.device)], targets[rows.to(targets.device)]
+        row_gradients(wrapped, loss, inputs if augmentation is None else augmentation.view(inputs, labels), labels)
     else:
         # An empty batch is a step like any other: it is noised and it counts.
         for parameter in wrapped.parameters():
             if parameter.requires_grad:
                 vars(parameter)["grad_sample"] = parameter.new_zeros((0, *parameter.shape))
-
-
-def _refuse_layers(model: nn.Module) -> None:
-    """Raise UnsupportedEvent for a layer that mixes patients, or whose gradients of rows Opacus cannot know."""
-    # Opacus looks at layers with trainable parameters only; statistics over a batch mix patients without any.
-    errors = [f"{type(module).__name__} keeps statistics over patients" for module in model.modules() if _mixes(module)]
-    if errors:
-        raise UnsupportedEvent(
-            f"model: {errors[0]}; every patient's gradient must depend on that patient alone, so use GroupNorm in "
-            "place of BatchNorm"
-        )
-    unsupported = [*ModuleValidator.validate(model, strict=False), *GradSampleModule.validate(model, strict=False)]
-    if unsupported:
-        raise UnsupportedEvent(
-            f"model: {unsupported[0]}; use opacus.layers.DPLSTM in place of nn.LSTM (DPGRU, DPMultiheadAttention "
-            "likewise), or let opacus.validators.ModuleValidator.fix replace the layer"
-        )
-
-
-def _mixes(module: nn.Module) -> bool:
-    return isinstance(module, nn.modules.batchnorm._BatchNorm) or getattr(module, "track_running_stats", False) is True
 
 
 def _rows_of_patient(
@@ -290,16 +291,18 @@ def _rows_of_patient(
     *,
     clip_norm: float,
     most: int,
+    most_views: int,
     most_of_batch: int,
 ) -> list[npt.NDArray[np.int64]]:
     """The rows of each patient, patients in the order in which they first appear; UnsupportedEvent for numbers that are
     no bounds and data that does not fit together."""
     if not (math.isfinite(clip_norm) and clip_norm > 0):
         raise UnsupportedEvent(f"training: found clip norm {clip_norm}, expected a finite number above 0")
-    if not 1 <= most <= most_of_batch:
+    if not 1 <= most <= most * most_views <= most_of_batch:
         raise UnsupportedEvent(
             f"training: found at most {most} rows of a patient and {most_of_batch} of a batch, "
-            "expected 1 or more of a patient, and no more than of a batch, which a patient is never split over"
+            f"expected 1 or more of a patient, and with {most_views} views of each no more than of a batch, which a "
+            "patient is never split over"
         )
     if not (len(patients) == len(features) == len(targets) > 0):
         raise UnsupportedEvent(
@@ -313,12 +316,18 @@ def _rows_of_patient(
 
 
 def _sample(
-    rows_of_patient: list[npt.NDArray[np.int64]], rate: float, most: int, coins: np.random.Generator
+    rows_of_patient: list[npt.NDArray[np.int64]],
+    rate: float,
+    most: int,
+    coins: np.random.Generator,
+    views: npt.NDArray[np.int64] | None,
 ) -> list[npt.NDArray[np.int64]]:
-    """A Poisson sample of the patients, and of each at most ``most`` rows, each set of so many equally likely."""
+    """A Poisson sample of the patients, and of each at most ``most`` rows, each set of so many equally likely; a row as
+    often as it has ``views``."""
     present = np.flatnonzero(coins.random(len(rows_of_patient)) < rate).tolist()
     sampled = (rows_of_patient[patient] for patient in present)
-    return [rows if len(rows) <= most else coins.choice(rows, most, replace=False, shuffle=False) for rows in sampled]
+    chosen = [rows if len(rows) <= most else coins.choice(rows, most, replace=False, shuffle=False) for rows in sampled]
+    return chosen if views is None else [np.repeat(rows, views[rows]) for rows in chosen]
 
 
 def _batches(
@@ -345,9 +354,10 @@ def train_plain(
     targets: Tensor,
     *,
     plan: Plan,
+    augmentation: Augmentation | None = None,
     entropy: Callable[[int], bytes] = os.urandom,
 ) -> None:
-    """The same training without clipping and noise: no differential privacy."""
+    """The same training without clipping and noise: no differential privacy.  A sampled row is seen in one view."""
     model.train()
     optimizer = torch.optim.SGD(model.parameters(), lr=plan.learning_rate)
     coins = csprng(entropy)
@@ -355,6 +365,7 @@ def train_plain(
         chosen = torch.from_numpy(coins.random(len(targets)) < plan.sampling_rate)
         optimizer.zero_grad()
         if chosen.any():
-            summed = loss(model(features[chosen]), targets[chosen])
+            inputs, labels = features[chosen], targets[chosen]
+            summed = loss(model(inputs if augmentation is None else augmentation.view(inputs, labels)), labels)
             torch.autograd.backward(summed / (plan.sampling_rate * len(targets)))
             optimizer.step()

@@ -12,7 +12,8 @@ from dp.training import train_private
 from secureagg.identity import Entropy
 from sites.config import OpenSite
 from sites.errors import ConfigurationError
-from sites.trainer import RANDOM_GENERATOR, Examples, binary_loss, heart_model, hospital_of, ledger_of
+from sites.site_data import site_data
+from sites.trainer import RANDOM_GENERATOR, ledger_of
 
 METHOD: Final = "Steinke, Nasr, Jagielski 2023, one run; Dirac canaries"
 
@@ -36,12 +37,13 @@ def audit_site(
             f"site {site.name}: privacy mode {privacy.mode} in its manifest, expected local: what is audited is a "
             "training whose noise is the site's own"
         )
-    data = Examples.of_hospital(hospital_of(site))
-    with ledger_of(site, data) as ledger:
+    found = site_data(site)
+    data = found.data
+    with ledger_of(site, found.dataset) as ledger:
         result = audit(
             train_private,
-            heart_model(),
-            binary_loss,
+            found.model,
+            found.loss,
             data.features,
             data.targets,
             patients=data.owners,

@@ -55,6 +55,7 @@ class Mode(StrEnum):
     LOCAL = "local"
     SHARED = "shared"
     SITE = "site"
+    NONE = "none"
 
 
 class BackendChoice(StrEnum):
@@ -68,6 +69,7 @@ class Data(StrEnum):
     """Built-in data sets."""
 
     HEART = "heart"
+    XRAY = "xray"
 
 
 def main() -> NoReturn:
@@ -123,7 +125,12 @@ def create(
     address: Annotated[str, typer.Option(help="Where the coordinator listens: tcp://host:port.")],
     initial: Annotated[
         Path | None,
-        typer.Option(help="safetensors file of the model to start from; without it, that of the heart data is made."),
+        typer.Option(
+            help="safetensors file of the model to start from; without it, that of --images or the heart data is made."
+        ),
+    ] = None,
+    images: Annotated[
+        Path | None, typer.Option(help="TOML file with the [images] that all sites see theirs by; see docs/dicom.md.")
     ] = None,
     rounds: Annotated[int | None, typer.Option(help="Training rounds.")] = None,
     local_steps: Annotated[int | None, typer.Option(help="Steps of each site in a round.")] = None,
@@ -172,15 +179,24 @@ def create(
     from sites import recipe  # noqa: PLC0415
     from sites.files import write_atomic  # noqa: PLC0415
     from sites.keys import load_card  # noqa: PLC0415
+    from sites.manifest import load_images  # noqa: PLC0415
 
+    seen = None if images is None else load_images(images)
     if initial is None:
-        from sites.trainer import initial_heart_model  # noqa: PLC0415
-
         initial = manifest.parent / "initial.safetensors"
-        write_atomic(initial, initial_heart_model())
-        out.print(f"{initial}  the heart data's model, all weights zero", soft_wrap=True)
+        if seen is None:
+            from sites.trainer import initial_heart_model  # noqa: PLC0415
+
+            write_atomic(initial, initial_heart_model())
+            out.print(f"{initial}  the heart data's model, all weights zero", soft_wrap=True)
+        else:
+            from sites.models import initial_image_model  # noqa: PLC0415
+
+            write_atomic(initial, initial_image_model(seen))
+            out.print(f"{initial}  the model {seen.model}", soft_wrap=True)
     training, privacy = recipe.recipe_of(mode)
     changes: dict[str, Any] = {
+        **({} if seen is None else {"images": seen}),
         "training": _changed(
             training,
             rounds=rounds,
@@ -264,16 +280,25 @@ def sign(
             metavar="HOSPITAL", help="In that SITE.toml: train on this hospital's heart data with `secureagg site`."
         ),
     ] = None,
+    images: Annotated[
+        Path | None, typer.Option(help="In that SITE.toml: train on the DICOM files below this folder; with --labels.")
+    ] = None,
+    labels: Annotated[Path | None, typer.Option(help="CSV of the targets of those images.")] = None,
 ) -> None:
     """Sign a manifest for one site, and print the digest to compare with the other sites by telephone."""
-    from sites.config import OwnData, save_config  # noqa: PLC0415
+    from sites.config import DicomData, HeartData, OwnData, save_config  # noqa: PLC0415
+    from sites.errors import ConfigurationError  # noqa: PLC0415
     from sites.keys import load_keys  # noqa: PLC0415
     from sites.manifest import Manifest  # noqa: PLC0415
 
     own = load_keys(keys)
     signed = Manifest.load(manifest).sign(own.identity, own.site)
+    if (images is None) != (labels is None) or (images is not None and heart is not None):
+        raise ConfigurationError("sign: expected --images and --labels together, or --heart, or none of them")
     if site_config is not None:
-        data = None if heart is None else OwnData(kind="heart", hospital=heart)
+        data: OwnData | None = None if heart is None else HeartData(hospital=heart)
+        if images is not None and labels is not None:
+            data = DicomData(folder=str(images.resolve()), labels=str(labels.resolve()))
         save_config(site_config, manifest=signed, manifest_path=manifest, keys=keys, site=own.site, data=data)
     signed.save(manifest)
     out.print(f"signed by {own.site}; digest {signed.digest.hex()}", soft_wrap=True)
@@ -343,12 +368,18 @@ def status(
 @app.command(epilog=_example("secureagg site SITE.toml"))
 def site(
     config: Annotated[Path, typer.Argument(help="The site's configuration.")],
+    prepare: Annotated[
+        bool, typer.Option("--prepare", help="Only read and decode the images, so that no run waits for it.")
+    ] = False,
     stop_answering: Annotated[str | None, typer.Option(hidden=True, help="PHASE:ROUND to die in.")] = None,
 ) -> None:
     """Take part in one training run with this site's data; ends with the run."""
-    from sites.programs import run_site, stop_at  # noqa: PLC0415
+    from sites.programs import prepare_site, run_site, stop_at  # noqa: PLC0415
 
     _log_to_stderr()
+    if prepare:
+        _say(f"ready: {prepare_site(config)}")
+        return
     summary = run_site(config, report=_say, stop_answering=None if stop_answering is None else stop_at(stop_answering))
     spent = "no differential privacy" if summary.epsilon is None else f"epsilon {summary.epsilon:.3f} spent so far"
     _say(f"finished; {summary.patients} patients, {spent} at delta {summary.delta:g}")
@@ -380,15 +411,20 @@ def demo(
         int | None, typer.Option(min=1, max=1000, help="Training rounds; by default 10, or the mode's own number.")
     ] = None,
     epsilon: Annotated[
-        float, typer.Option(help="Each hospital's privacy budget, over all rounds, at delta 0.001.")
-    ] = 1.0,
+        float | None,
+        typer.Option(help="Each hospital's privacy budget, over all rounds; by default 1 for heart, 8 for xray."),
+    ] = None,
     mode: Annotated[
-        Mode, typer.Option(help="Noise of each hospital's own, or shared by all, per patient or per whole site.")
+        Mode,
+        typer.Option(help="Noise of each hospital's own, or shared by all, per patient or per whole site; or none."),
     ] = Mode.LOCAL,
     backend: Annotated[
         BackendChoice, typer.Option(help="Masked sums, or homomorphic ones that the coordinator cannot read either.")
     ] = BackendChoice.MASKED,
     data: Annotated[Data, typer.Option(help="Which data.")] = Data.HEART,
+    npz: Annotated[
+        Path | None, typer.Option(help="Data xray: pneumoniamnist.npz of MedMNIST v2, to be made DICOM studies of.")
+    ] = None,
     data_folder: Annotated[
         Path | None, typer.Option(help="Folder with UCI's original files; without it, the installed copy is used.")
     ] = None,
@@ -401,17 +437,18 @@ def demo(
         Path | None, typer.Option(help="Leave manifest, keys, every state and the model in this folder.")
     ] = None,
 ) -> None:
-    """Watch four real hospitals train one model under differential privacy, each in a process of its own."""
+    """Watch hospitals train one model under differential privacy, each in a process of its own: four real ones on heart
+    data, or seven on X-rays."""
     from sites.demo import run_demo  # noqa: PLC0415
+    from sites.demo_data import demo_data  # noqa: PLC0415
 
-    del data  # there is one so far
     run_demo(
+        demo_data(data.value, folder=data_folder, npz=npz),
         console=out,
         mode=mode.value,
         backend="masked" if backend is BackendChoice.MASKED else "homomorphic",
         rounds=rounds,
         epsilon=epsilon,
-        data_folder=data_folder,
         drops=drop or [],
         json_file=json_file,
         keep=keep,
@@ -469,7 +506,7 @@ def _print_manifest(manifest: "Manifest") -> None:
     from rich.table import Table  # noqa: PLC0415
 
     table = Table(show_header=False, title=f"Consortium {manifest.consortium.name}", title_justify="left")
-    sections = ("policy", "encoding", "evaluation", "training", "privacy", "noise", "census", "deadlines")
+    sections = ("policy", "encoding", "evaluation", "training", "privacy", "noise", "images", "census", "deadlines")
     tables = msgspec.to_builtins(manifest)
     for section, fields in ((section, tables[section]) for section in sections if section in tables):
         table.add_row(section, ", ".join(f"{name} {value}" for name, value in fields.items()))

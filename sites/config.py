@@ -4,11 +4,12 @@ import os
 import tomllib
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Final, Literal
+from typing import Annotated, Final
 
 import msgspec
 import tomli_w
 
+from dp.budget import PrivacyBudget
 from secureagg import SiteId
 from sites.errors import ConfigurationError, ManifestError
 from sites.files import write_atomic
@@ -56,12 +57,45 @@ class OwnPolicy(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only
     minimum_survivors: Annotated[int, msgspec.Meta(ge=0)] = 0
 
 
-class OwnData(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
-    """Data that the site program trains on: the ``hospital``'s part of the heart data, from ``folder`` or the wheel."""
+class HeartData(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True, tag_field="kind", tag="heart"):
+    """Train on the ``hospital``'s part of the heart data, from ``folder`` or the wheel."""
 
-    kind: Literal["heart"]
     hospital: str
     folder: str = ""
+
+
+class DicomData(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True, tag_field="kind", tag="dicom"):
+    """Train on the DICOM files below ``folder``, as the manifest's [images] says, with the targets in the CSV
+    ``labels``.
+
+    ``merges``: CSV of patients with several numbers.  ``index``: folder of the index and of the secret behind patients'
+    pseudonyms, by default the state folder; a site in several consortia names the same one in each SITE.toml, so that
+    the same patients are trained on in each.  ``keep_derived``, ``keep_suspected_text``: see ``Limits``.
+    """
+
+    folder: str
+    labels: str
+    merges: str = ""
+    index: str = ""
+    keep_derived: bool = False
+    keep_suspected_text: bool = False
+
+
+OwnData = HeartData | DicomData
+
+
+class Personalisation(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """After a run, train the final model on for ``steps`` on this site's own patients, for this site alone.
+
+    ``epsilon`` at ``delta``: what that may cost beside the run, within what [privacy] allows in all; ``batch_size``:
+    patients in a step, as expected.
+    """
+
+    epsilon: Annotated[float, msgspec.Meta(gt=0, le=1e9)]
+    delta: Annotated[float, msgspec.Meta(gt=0, lt=1)]
+    steps: Annotated[int, msgspec.Meta(ge=1, le=1_000_000)]
+    batch_size: Annotated[int, msgspec.Meta(ge=1)]
+    learning_rate: Annotated[float, msgspec.Meta(gt=0, le=1e9)]
 
 
 class SiteConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -80,6 +114,7 @@ class SiteConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_onl
     ledger: str | None = None
     policy: OwnPolicy = OwnPolicy()
     data: OwnData | None = None
+    personalisation: Personalisation | None = None
 
 
 def load_config(path: Path) -> SiteConfig:
@@ -146,6 +181,12 @@ class OpenSite:
         unit = self.manifest.privacy.unit
         own = self.state / (LEDGER if unit == "patient" else f"ledger.{unit}.sqlite")
         return self.folder / self.config.ledger if self.config.ledger else own
+
+    @property
+    def budget(self) -> PrivacyBudget | None:
+        """What the data may ever cost, which is this site's own decision; the manifest says what a run may."""
+        own = self.config.privacy
+        return PrivacyBudget(own.epsilon, own.delta) if isinstance(own, BoundedPrivacy) else None
 
     @property
     def minimum_survivors(self) -> int:

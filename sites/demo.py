@@ -1,4 +1,4 @@
-"""`secureagg demo`: a throw-away consortium of four real hospitals, each in a process of its own, over real sockets.
+"""`secureagg demo`: a throw-away consortium of several hospitals, each in a process of its own, over real sockets.
 
 What it starts are the same two programs that a consortium runs.  Only the comparison (each hospital alone, all data in
 one place) is computed by the demo itself, which for that one purpose reads every hospital's data.
@@ -12,7 +12,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Final
@@ -24,25 +24,28 @@ from rich.table import Table
 
 from secureagg.homomorphic import check_installed
 from secureagg.parameters import Backend
-from sites.config import OwnData, save_config
+from sites.config import OwnData, open_site, save_config
 from sites.coordinator_loop import RoundRecord
-from sites.datasets.heart import HOSPITALS, load_hospitals
+from sites.demo_data import DemoData
 from sites.errors import ConfigurationError, FederationFailed
 from sites.evaluation import Metrics
 from sites.files import write_atomic
 from sites.keys import Keys, generate_keys, save_keys
-from sites.manifest import Manifest, Policy, Privacy, Training
+from sites.manifest import Manifest
 from sites.programs import DROPPED_EXIT_STATUS, MODEL, SiteSummary, stop_at
-from sites.recipe import DEADLINES, HOMOMORPHIC, POLICY, PRIVACY, TRAINING, new_manifest, recipe_of
-from sites.reference import evaluate_heart, pool, train_alone, train_pooled
+from sites.recipe import DEADLINES, HOMOMORPHIC, POLICY, new_manifest
+from sites.reference import evaluate, pool_sites, state_alone
 from sites.rounds import model_spec
-from sites.trainer import initial_heart_model
+from sites.site_data import SiteData, site_data
+from sites.trainer import Examples
 
 COORDINATOR: Final = "coordinator"
+POOLED: Final = "pooled"
 GUARANTEES: Final = {
     "local": "differential privacy per patient",
     "shared": "differential privacy per patient by noise that they share",
     "site": "differential privacy per hospital by noise that they share",
+    "none": "without differential privacy",
 }
 # A machine that fails is only noticed when its time is up; the demo's rounds take a fraction of a second.
 DEADLINES_WITH_DROPS: Final = msgspec.structs.replace(
@@ -91,73 +94,76 @@ class DemoResult(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def run_demo(
+    data: DemoData,
     *,
     console: Console,
-    mode: str = PRIVACY.mode,
+    mode: str = "local",
     backend: Backend = "masked",
     rounds: int | None = None,
-    epsilon: float = PRIVACY.epsilon,
-    data_folder: Path | None = None,
+    epsilon: float | None = None,
     drops: Sequence[str] = (),
     json_file: Path | None = None,
     keep: Path | None = None,
 ) -> DemoResult:
     """Run the demo, print its tables to ``console``, and return its result.
 
-    ``mode``: of privacy; ``backend``: with "homomorphic", only the hospitals see the model; ``rounds``: by default the
-    recipe's for the mode; ``drops``: "SITE:PHASE" for each hospital whose machine fails in the middle round.  Raises
-    ConfigurationError for unfit options and FederationFailed if the coordinator gives up.
+    ``mode``: of privacy; ``backend``: with "homomorphic", only the hospitals see the model; ``rounds``, ``epsilon``: by
+    default the recipe's for data and mode; ``drops``: "SITE:PHASE" for each hospital whose machine fails in the middle
+    round.  Raises ConfigurationError for unfit options and FederationFailed if the coordinator gives up.
     """
     began = time.monotonic()
-    training, privacy = recipe_of(mode)
-    rounds = training.rounds if rounds is None else rounds
-    training = msgspec.structs.replace(training, rounds=rounds)
-    privacy = msgspec.structs.replace(privacy, epsilon=epsilon)
-    failing = dict(_drop(text) for text in drops)
+    training, privacy = data.recipe(mode)
+    if rounds is not None:
+        training = msgspec.structs.replace(training, rounds=rounds)
+    if epsilon is not None:
+        privacy = msgspec.structs.replace(privacy, epsilon=epsilon)
+    failing = dict(_drop(text, data) for text in drops)
     if backend == "homomorphic":
         check_installed()
-    hospitals = load_hospitals(data_folder)  # before anything starts: a missing file is told at once
     if json_file is not None and not json_file.parent.is_dir():
         raise ConfigurationError(f"{json_file}: folder {json_file.parent} does not exist")
     with _folder(keep) as folder, _progress(console) as progress:
-        task = progress.add_task("keys and a signed manifest", total=rounds + 1)
+        task = progress.add_task("the hospitals' data", total=training.rounds + 1)
+        own_data = data.prepare(folder)
+        progress.update(task, description="keys and a signed manifest")
         manifest = _create_consortium(
             folder,
-            training=training,
-            privacy=privacy,
-            policy=POLICY if backend == "masked" else HOMOMORPHIC,
-            data_folder=data_folder,
-            deadlines_for_drops=bool(failing),
+            data=data,
+            own_data=own_data,
+            initial=data.initial(mode),
+            tables={
+                **data.tables(mode),
+                "training": training,
+                "privacy": privacy,
+                "policy": POLICY if backend == "masked" else HOMOMORPHIC,
+                "deadlines": DEADLINES_WITH_DROPS if failing else DEADLINES,
+            },
         )
-        middle = (rounds + 1) // 2
+        progress.update(task, description="hospitals read their data")
+        found = {name: site_data(open_site(folder / name / "SITE.toml")) for name in data.sites}
+        test = data.test(folder, found)
+        middle = (training.rounds + 1) // 2
         progress.update(task, description="hospitals are starting")
-        with _processes(folder, {name: f"{phase}:{middle}" for name, phase in failing.items()}) as processes:
-            test = pool(hospitals.values())
-            bins = manifest.evaluation.histogram_bins
-            # Alone, a hospital has nobody to share noise with.
-            alone = msgspec.structs.replace(PRIVACY, epsilon=epsilon)
-            local = {
-                name: train_alone(hospital, test=test, training=TRAINING, privacy=alone, bins=bins)
-                for name, hospital in hospitals.items()
-            }
-            pooled = train_pooled(test, sites=len(hospitals), training=TRAINING, privacy=alone, bins=bins)
+        stops = {name: f"{phase}:{middle}" for name, phase in failing.items()}
+        with _processes(folder, data.sites, stops) as processes:
+            compared = _references(data, found, test, mode=mode, epsilon=privacy.epsilon, manifest=manifest)
             for number in _follow(folder, processes):
-                progress.update(task, completed=number, description=f"round {min(number + 1, rounds)}")
-        progress.update(task, completed=rounds + 1, description="finished")
+                progress.update(task, completed=number, description=f"round {min(number + 1, training.rounds)}")
+        progress.update(task, completed=training.rounds + 1, description="finished")
         records = _records(folder)
-        summaries = _summaries(folder)
-        survivor = next(name for name in HOSPITALS if name not in failing)
+        summaries = _summaries(folder, data.sites)
+        survivor = next(name for name in data.sites if name not in failing)
         shutil.copyfile(folder / (COORDINATOR if backend == "masked" else survivor) / MODEL, folder / MODEL)
         spec = model_spec(manifest)
         final = spec.restore(spec.from_bytes((folder / MODEL).read_bytes(), who="final model"))
-    # Without failures these are the very metrics that the coordinator read off the last sum of counts.
-    federated = evaluate_heart(final, test, bins)
+    # Of heart data without failures these are the very metrics that the coordinator read off the last sum of counts.
+    federated = evaluate(found[survivor], final, test, manifest.evaluation.histogram_bins)
     own_seconds = [_training_seconds(record, summaries) for record in records]
     aggregation = [sum(record.seconds.values()) - own for record, own in zip(records, own_seconds, strict=True)]
     result = DemoResult(
         backend=backend,
         mode=mode,
-        rounds=rounds,
+        rounds=training.rounds,
         sites=[
             SiteResult(
                 name=name,
@@ -169,7 +175,9 @@ def run_demo(
             )
             for name, summary in summaries.items()
         ],
-        metrics=MetricsResult(federated=federated, pooled=pooled, local=local),
+        metrics=MetricsResult(
+            federated=federated, pooled=compared[POOLED], local={name: compared[name] for name in data.sites}
+        ),
         seconds=Seconds(
             total=time.monotonic() - began,
             training=sum(own_seconds),
@@ -178,8 +186,8 @@ def run_demo(
     )
     if json_file is not None:
         write_atomic(json_file, msgspec.json.format(msgspec.json.encode(result)) + b"\n")
-    console.print(_hospital_table(result))
-    console.print(_metrics_table(result, len(test.test_labels)))
+    console.print(_hospital_table(result, data))
+    console.print(_metrics_table(result, data, len(test.targets)))
     console.print(
         f"A typical round: {statistics.median(own_seconds[:-1]):.2f} s of training (the slowest hospital), "
         f"{statistics.median(aggregation):.2f} s of aggregation. Whole demo: {result.seconds.total:.0f} s.",
@@ -192,11 +200,35 @@ def run_demo(
     return result
 
 
-def _drop(text: str) -> tuple[str, str]:
+def _drop(text: str, data: DemoData) -> tuple[str, str]:
     name, _, phase = text.partition(":")
-    if name not in HOSPITALS:
-        raise ConfigurationError(f"drop: found site {name!r}, expected one of {', '.join(HOSPITALS)}")
+    if name not in data.sites:
+        raise ConfigurationError(f"drop: found site {name!r}, expected one of {', '.join(data.sites)}")
     return name, stop_at(f"{phase}:1")[0]
+
+
+def _references(
+    data: DemoData,
+    found: Mapping[str, SiteData],
+    test: Examples,
+    *,
+    mode: str,
+    epsilon: float,
+    manifest: Manifest,
+) -> dict[str, Metrics]:
+    """Metrics of each hospital's own model, by its name, and of one of all rows without privacy."""
+    bins = manifest.evaluation.histogram_bins
+    # Alone, a hospital has nobody to share noise with.
+    training, privacy = data.recipe("none" if mode == "none" else "local")
+    own = msgspec.structs.replace(privacy, epsilon=epsilon)
+    metrics = {
+        name: evaluate(one, state_alone(one, training=training, privacy=own), test, bins) for name, one in found.items()
+    }
+    together = pool_sites(found)
+    training, privacy = data.recipe("none")
+    whole = msgspec.structs.replace(training, batch_size=training.batch_size * len(found))
+    plain = state_alone(together, training=whole, privacy=privacy)
+    return {**metrics, POOLED: evaluate(together, plain, test, bins)}
 
 
 @contextmanager
@@ -232,42 +264,36 @@ def _progress(console: Console) -> Progress:
 def _create_consortium(
     folder: Path,
     *,
-    training: Training,
-    privacy: Privacy,
-    policy: Policy,
-    data_folder: Path | None,
-    deadlines_for_drops: bool,
+    data: DemoData,
+    own_data: Mapping[str, OwnData],
+    initial: bytes,
+    tables: Mapping[str, msgspec.Struct],
 ) -> Manifest:
     """Keys for everybody, a manifest signed by everybody, a SITE.toml for each hospital, the initial model."""
-    keys: dict[str, Keys] = {name: generate_keys(name) for name in (COORDINATOR, *HOSPITALS)}
+    keys: dict[str, Keys] = {name: generate_keys(name) for name in (COORDINATOR, *data.sites)}
     for name, own in keys.items():
         save_keys(own, folder / name)
-    initial = initial_heart_model()
     write_atomic(folder / COORDINATOR / "initial.safetensors", initial)
     manifest = new_manifest(
-        name="heart demo",
+        name=f"{data.name} demo",
         coordinator=keys[COORDINATOR].card,
         address=f"tcp://127.0.0.1:{free_port()}",
-        cards=[keys[name].card for name in HOSPITALS],
+        cards=[keys[name].card for name in data.sites],
         initial=initial,
-        changes={
-            "training": training,
-            "privacy": privacy,
-            "policy": policy,
-            "deadlines": DEADLINES_WITH_DROPS if deadlines_for_drops else DEADLINES,
-        },
+        changes=tables,
+        noise=data.noise,
     )
-    for name in HOSPITALS:
+    for name in data.sites:
         manifest = manifest.sign(keys[name].identity, keys[name].site)
     manifest.save(folder / "manifest.toml")
-    for name in HOSPITALS:
+    for name in data.sites:
         save_config(
             folder / name / "SITE.toml",
             manifest=manifest,
             manifest_path=folder / "manifest.toml",
             keys=folder / name / f"{name}.keys",
             site=name,
-            data=OwnData(kind="heart", hospital=name, folder="" if data_folder is None else str(data_folder.resolve())),
+            data=own_data[name],
         )
     return manifest
 
@@ -283,7 +309,9 @@ def free_port() -> int:
 
 
 @contextmanager
-def _processes(folder: Path, failing: dict[str, str]) -> Iterator[dict[str, subprocess.Popen[bytes]]]:
+def _processes(
+    folder: Path, sites: Sequence[str], failing: dict[str, str]
+) -> Iterator[dict[str, subprocess.Popen[bytes]]]:
     """The coordinator and the hospitals as running processes, each writing to log.txt in its folder; none is left."""
     own = folder / COORDINATOR
     commands = {
@@ -292,10 +320,10 @@ def _processes(folder: Path, failing: dict[str, str]) -> Iterator[dict[str, subp
             *("--initial", str(own / "initial.safetensors"), "--state", str(own)),
         ]
     }
-    for name in HOSPITALS:
+    for name in sites:
         stop = ["--stop-answering", failing[name]] if name in failing else []
         commands[name] = ["site", str(folder / name / "SITE.toml"), *stop]
-    # One thread each: five processes share the machine.
+    # One thread each: many processes share the machine.
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     processes: dict[str, subprocess.Popen[bytes]] = {}
     try:
@@ -338,9 +366,9 @@ def _records(folder: Path) -> list[RoundRecord]:
     return [msgspec.json.decode(line, type=RoundRecord) for line in lines]
 
 
-def _summaries(folder: Path) -> dict[str, SiteSummary]:
+def _summaries(folder: Path, sites: Sequence[str]) -> dict[str, SiteSummary]:
     return {
-        name: msgspec.json.decode((folder / name / "summary.json").read_bytes(), type=SiteSummary) for name in HOSPITALS
+        name: msgspec.json.decode((folder / name / "summary.json").read_bytes(), type=SiteSummary) for name in sites
     }
 
 
@@ -367,11 +395,12 @@ def _print_failures(console: Console, records: list[RoundRecord]) -> None:
             console.print(f"Round {record.number}: {silent}; the round {end}.", soft_wrap=True)
 
 
-def _hospital_table(result: DemoResult) -> Table:
+def _hospital_table(result: DemoResult, data: DemoData) -> Table:
+    private = result.mode != "none"
     table = Table(
-        title=f"Four hospitals, one model: {_rounds(result.rounds)}, {GUARANTEES[result.mode]}",
+        title=f"{data.title}, one model: {_rounds(result.rounds)}, {GUARANTEES[result.mode]}",
         title_justify="left",
-        caption="alone: a model trained on this hospital's patients only, with the same epsilon",
+        caption="alone: a model trained on this hospital's patients only" + ", with the same epsilon" * private,
         caption_justify="left",
     )
     table.add_column("hospital")
@@ -381,7 +410,7 @@ def _hospital_table(result: DemoResult) -> Table:
         table.add_row(
             site.name,
             str(site.patients),
-            f"{site.epsilon:.3f} ({site.delta:g})",
+            f"{site.epsilon:.3f} ({site.delta:g})" if private else "none",
             _number(result.metrics.local[site.name].auc),
             _number(result.metrics.federated.auc) if site.survived else "failed",
             f"{site.bytes_sent:,}",
@@ -389,9 +418,9 @@ def _hospital_table(result: DemoResult) -> Table:
     return table
 
 
-def _metrics_table(result: DemoResult, held_out: int) -> Table:
+def _metrics_table(result: DemoResult, data: DemoData, held_out: int) -> Table:
     table = Table(
-        title=f"On the {held_out} held-out patients of all hospitals",
+        title=f"On the {held_out} {data.tested_on}",
         title_justify="left",
         caption="pooled: all patients in one place, which no hospital may do",
         caption_justify="left",

@@ -28,7 +28,9 @@ from secureagg.parameters import (
     choose_thresholds,
 )
 from secureagg.slots import slot_bits
-from sites.errors import ManifestError
+from sites.datasets.dicom.labels import Target
+from sites.datasets.dicom.records import ImagePlan
+from sites.errors import DatasetError, ManifestError
 from sites.files import write_atomic
 from sites.keys import card_fields
 
@@ -38,6 +40,7 @@ if TYPE_CHECKING:
 LABEL: Final = b"secureagg/v1/manifest"
 NO_LABEL: Final = "no label"  # cells of a census that no class may be called
 SEVERAL: Final = "several"  # of a patient whose images are of more than one kind
+OTHERS: Final = "*"  # all classes that no other entry names
 
 _Hex32 = Annotated[str, msgspec.Meta(pattern="^[0-9a-f]{64}\\Z")]
 _Hex64 = Annotated[str, msgspec.Meta(pattern="^[0-9a-f]{128}\\Z")]
@@ -185,6 +188,37 @@ class Census(_Table, frozen=True):
     labels: dict[str, Annotated[list[str], msgspec.Meta(min_length=2, max_length=100)]] = {}
 
 
+class ClassViews(_Table, frozen=True):
+    """In a training step an image of class ``of`` of the first target ("*": of all classes that are not named) is seen
+    ``views`` times, each moved by up to ``shift`` pixels; the views are averaged before the patient is clipped."""
+
+    of: str
+    views: Annotated[int, msgspec.Meta(ge=1, le=64)]
+    shift: Annotated[int, msgspec.Meta(ge=0, le=64)]
+
+
+class Images(_Table, frozen=True):
+    """What all sites make of their images: by one ``plan``, for the same ``targets``, into a named ``model``.
+
+    The first target with two classes is the one that the summed evaluation is about.
+    """
+
+    model: str
+    plan: ImagePlan
+    targets: Annotated[list[Target], msgspec.Meta(min_length=1, max_length=100)]
+    augmentation: list[ClassViews] = []
+
+
+def load_images(path: Path) -> Images:
+    """The fields of [images] in a TOML file of their own; ManifestError naming file and field for anything else."""
+    try:
+        return msgspec.convert(tomllib.loads(path.read_text()), Images)
+    except OSError as error:
+        raise ManifestError(f"{path}: cannot be read: {error.strerror}") from error
+    except (ValueError, DatasetError) as error:
+        raise ManifestError(f"{path}: {error}") from error
+
+
 class Deadlines(_Table, frozen=True):
     """Seconds until sites must have joined, answered in a phase, and trained."""
 
@@ -240,6 +274,7 @@ class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
     sites: Annotated[list[CardTable], msgspec.Meta(min_length=3, max_length=1000)]
     noise: Noise | msgspec.UnsetType = msgspec.UNSET
     census: Census | msgspec.UnsetType = msgspec.UNSET
+    images: Images | msgspec.UnsetType = msgspec.UNSET
     signatures: list[Signature] = []
 
     @classmethod
@@ -317,13 +352,13 @@ class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
     def _convert(cls, fields: Mapping[str, Any], where: str) -> Self:
         try:
             manifest = msgspec.convert(fields, cls)
-        except msgspec.ValidationError as error:
+        except (msgspec.ValidationError, DatasetError) as error:
             raise ManifestError(f"{where}: {error}") from error
         return manifest
 
     def save(self, path: Path) -> None:
         """Write the manifest as TOML."""
-        write_atomic(path, tomli_w.dumps(msgspec.to_builtins(self)).encode())
+        write_atomic(path, tomli_w.dumps(_without_none(msgspec.to_builtins(self))).encode())
 
     @cached_property
     def canonical(self) -> bytes:
@@ -431,6 +466,7 @@ class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
             roster = self.roster
             self._check_privacy(where)
             self._check_census(where)
+            self._check_images(where)
             check_backend(self.policy.backend, self.policy.release_to, self.policy.graph)
             if self.policy.backend == "homomorphic":
                 slot_bits(len(self.sites))
@@ -481,3 +517,22 @@ class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
         # Stops local steps that build on each other: noise that sites share covers only their sum at one model.
         if mode == "shared" and steps != 1:
             raise ManifestError(f"{where}: found mode shared with {steps} local steps, expected 1")
+
+    def _check_images(self, where: str) -> None:
+        if not isinstance(self.images, Images):
+            return
+        names, declared = [one.name for one in self.images.targets], [one.of for one in self.images.augmentation]
+        if len(set(names)) != len(names) or len(set(declared)) != len(declared):
+            raise ManifestError(f"{where}: a target, or a class of the augmentation, is listed twice in [images]")
+        known = {*self.images.targets[0].classes, OTHERS}
+        if unknown := sorted(set(declared) - known):
+            raise ManifestError(
+                f"{where}: found augmentation of {unknown[0]!r} in [images], expected one of {', '.join(sorted(known))}"
+            )
+
+
+def _without_none(value: Any) -> Any:  # noqa: ANN401  any part of a manifest
+    """``value`` without the fields that are not there: TOML has no word for them."""
+    if isinstance(value, dict):
+        return {name: _without_none(field) for name, field in value.items() if field is not None}
+    return [_without_none(field) for field in value] if isinstance(value, list | tuple) else value

@@ -57,6 +57,7 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from dp.gradients import Loss
+    from dp.views import Augmentation
     from sites.trainer import Trainer, TrainingResult
 
 log = logging.getLogger("secureagg.site")
@@ -168,6 +169,7 @@ class Federation:
         targets: "Tensor",
         patients: Sequence[Hashable] | None = None,
         max_rows_per_patient: int = 1,
+        augmentation: "Augmentation | None" = None,
     ) -> "Trainer[Any]":
         """A trainer of ``model`` on this site's rows by the manifest's recipe; use one over all rounds.
 
@@ -175,12 +177,21 @@ class Federation:
         the site's ledger: a round is booked before a patient is sampled, and refused (BudgetExhausted) when the
         consortium's budget, or what SITE.toml allows over the data's lifetime, has no room.  ``loss``: predictions and
         targets of some rows to the SUM of their losses; ``patients``: whose each row is, each another's by default;
-        ``max_rows_per_patient``: how many of one patient's rows are used in a step.
+        ``max_rows_per_patient``: how many of one patient's rows are used in a step; ``augmentation``: in which random
+        views (``dp.views``).  Raises UnsupportedEvent, naming the layer and what to put in its place, for a
+        model that DP-SGD cannot train.
         """
         from sites.trainer import Examples, trainer_of  # noqa: PLC0415  brings Opacus, which not everybody trains with
 
         data = Examples(features=features, targets=targets, patients=patients)
-        made = trainer_of(self._session.site, model, data, loss=loss, max_rows_per_patient=max_rows_per_patient)
+        made = trainer_of(
+            self._session.site,
+            model,
+            data,
+            loss=loss,
+            max_rows_per_patient=max_rows_per_patient,
+            augmentation=augmentation,
+        )
         self.attach(made)
         return made
 

@@ -6,7 +6,7 @@ import resource
 import time
 from collections.abc import Callable, Sequence
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Final
 
@@ -19,13 +19,16 @@ from secureagg.messages import KeyAdvertisement
 from sites import control
 from sites.config import OpenSite, open_site
 from sites.coordinator_loop import CoordinatorLoop, RoundRecord
+from sites.datasets.dicom.cache import CARD_FILE, PARTS
 from sites.errors import ConfigurationError
 from sites.files import write_atomic
 from sites.keys import load_keys
 from sites.manifest import Manifest
-from sites.model_state import model_digest
+from sites.model_state import State, model_digest
 from sites.participant_loop import Federation, RoundResult
+from sites.personalisation import PERSONAL_MODEL, Personalised, personalise
 from sites.rounds import MEMORY_BYTES, model_spec, transport_limits
+from sites.site_data import prepare_images
 from sites.trainer import Trainer, trainer_for
 from transport import DealerEndpoint, Endpoint, PeerId, listen
 
@@ -40,7 +43,8 @@ class SiteSummary:
     """What a site writes down for its own people, in `summary.json` of its state folder.
 
     ``epsilon`` at ``delta``: spent on this data so far; ``ledger_head``: what its ledger ended with, to be noted
-    elsewhere too; ``training_seconds``: per training round; ``rounds``: how each round of this run ended.
+    elsewhere too; ``training_seconds``: per training round; ``rounds``: how each round of this run ended;
+    ``personalised``: what the site's own version of the model is worth.
     """
 
     name: str
@@ -52,6 +56,7 @@ class SiteSummary:
     bytes_sent: int
     training_seconds: list[float]
     rounds: list[RoundResult]
+    personalised: Personalised | None = None
 
 
 def run_coordinator(
@@ -106,6 +111,15 @@ def allow_many_connections() -> None:
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 
 
+def prepare_site(config: Path) -> str:
+    """Read and decode a site's images before any run; how many rows of how many patients there are, part by part."""
+    card = prepare_images(open_site(config))
+    parts = (
+        f"{part} {card.rows[part]:,} images of {card.patients[part]:,} patients" for part in PARTS if card.rows[part]
+    )
+    return f"{', '.join(parts)}; {sum(card.refused.values()):,} files or images left out, see {CARD_FILE}"
+
+
 def run_site(
     config: Path, *, report: Callable[[str], None], stop_answering: tuple[str, int] | None = None
 ) -> SiteSummary:
@@ -116,12 +130,31 @@ def run_site(
     """
     site = open_site(config)
     with closing(trainer_for(site)) as trainer:
-        return _run_site(site, trainer, report=report, stop_answering=stop_answering)
+        summary, final = _run_site(site, trainer, report=report, stop_answering=stop_answering)
+    if site.config.personalisation is None:
+        return summary
+    personalised = personalise(site, final, run=summary.rounds[-1].run)
+    report(
+        f"personal model: AUC on this site's held-out data {_number(personalised.before.auc)} before, "
+        f"{_number(personalised.after.auc)} after; it is {site.state / PERSONAL_MODEL}"
+    )
+    with closing(trainer_for(site)) as trainer:  # the ledger has grown
+        summary = replace(summary, personalised=personalised, epsilon=trainer.epsilon, ledger_head=trainer.ledger_head)
+    _write_summary(site, summary)
+    return summary
+
+
+def _number(value: float | None) -> str:
+    return "unknown" if value is None else f"{value:.3f}"
+
+
+def _write_summary(site: OpenSite, summary: SiteSummary) -> None:
+    write_atomic(site.state / "summary.json", msgspec.json.format(msgspec.json.encode(summary)) + b"\n")
 
 
 def _run_site(
     site: OpenSite, trainer: Trainer[Any], *, report: Callable[[str], None], stop_answering: tuple[str, int] | None
-) -> SiteSummary:
+) -> tuple[SiteSummary, State]:
     endpoint: Endpoint | None = None
     if stop_answering is not None:
         phase, number = stop_answering
@@ -142,7 +175,7 @@ def _run_site(
             training_seconds=seconds,
             rounds=list(federation.history),
         )
-        write_atomic(site.state / "summary.json", msgspec.json.format(msgspec.json.encode(summary)) + b"\n")
+        _write_summary(site, summary)
         return summary
 
     summarise()  # whatever happens in the first round, there is one
@@ -160,7 +193,7 @@ def _run_site(
         spec = model_spec(site.manifest)
         final = spec.flatten(federation.final_state, who="final model")
         write_atomic(site.state / MODEL, spec.to_bytes(final))
-        return summarise()
+        return summarise(), federation.final_state
 
 
 def stop_at(text: str) -> tuple[str, int]:

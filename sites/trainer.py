@@ -21,15 +21,17 @@ from dp.budget import BudgetGuard, PrivacyBudget
 from dp.errors import BudgetExhausted
 from dp.events import Event, IntegerEvent, PoissonSampledGaussian
 from dp.gradients import Loss
+from dp.layers import refuse_layers
 from dp.ledger import Ledger, Release
 from dp.shared import ADVERSARIES, ClippedSum, SharedNoisePlan, clipped_update, opened_variance
 from dp.shared import encode as encode_shared
-from dp.training import Plan, clipped_gradient_sum, train_plain, train_private
+from dp.training import BATCH_ROWS, Plan, clipped_gradient_sum, train_plain, train_private
+from dp.views import Augmentation
 from secureagg import RoundParameters, ShapeMismatch
 from secureagg.identity import Entropy, Identity
 from secureagg.labels import VERSION
-from sites.config import BoundedPrivacy, OpenSite
-from sites.datasets.heart import HOSPITALS, Hospital, load_hospitals
+from sites.config import OpenSite
+from sites.datasets.heart import Hospital
 from sites.errors import ConfigurationError, DatasetError
 from sites.manifest import Privacy, Training
 from sites.model_state import ModelSpec, State
@@ -128,9 +130,12 @@ class TrainerOptions(TypedDict, total=False):
     budget: PrivacyBudget | None
     loss: Loss
     held_out: Examples | None
+    scored: int
     max_rows_per_patient: int
+    augmentation: Augmentation | None
     consortium: str | None
     manifest_sha256: str | None
+    purpose: str
     entropy: Entropy
 
 
@@ -156,23 +161,31 @@ class Trainer(ABC, Generic[_Event]):
         budget: PrivacyBudget | None = None,
         loss: Loss = binary_loss,
         held_out: Examples | None = None,
+        scored: int = 0,
         max_rows_per_patient: int = 1,
+        augmentation: Augmentation | None = None,
         consortium: str | None = None,
         manifest_sha256: str | None = None,
+        purpose: str = "train",
         entropy: Entropy = os.urandom,
     ) -> None:
         """``name``: of the site; ``privacy``: what a run may spend; ``budget``: what all runs on this data may spend,
         the same by default; ``loss``: predictions and targets of some rows to the SUM of their losses; ``held_out``:
-        for ``evaluate``.
+        for ``evaluate``, by the model's output ``scored``; ``augmentation``: views of rows that are trained on;
+        ``purpose``: of releases, for the ledger.
 
-        Raises ConfigurationError if there is a privacy mode and no ledger.
+        Raises ConfigurationError if there is a privacy mode and no ledger, UnsupportedEvent for a model that patients'
+        gradients cannot be taken of.
         """
+        if privacy.mode in ("local", "shared"):
+            refuse_layers(model.train())
         self._model = model
         self._loss, self._data, self._held_out = loss, data, held_out
+        self._scored, self._augmentation = scored, augmentation
         self._max_rows_per_patient = max_rows_per_patient
         self._entropy = entropy
         self._privacy = privacy
-        self._consortium = consortium
+        self._consortium, self._purpose = consortium, purpose
         self._manifest_sha256 = manifest_sha256
         self._guard: BudgetGuard | None = None
         self.patients = len(set(data.owners))
@@ -223,6 +236,7 @@ class Trainer(ABC, Generic[_Event]):
                 run=run,
                 round_number=round_number,
                 event=event,
+                purpose=self._purpose,
                 unit=self._privacy.unit,
                 mode=self._privacy.mode,
                 consortium=self._consortium,
@@ -253,7 +267,7 @@ class Trainer(ABC, Generic[_Event]):
         """Scores in [0, 1] and 0/1 labels of the held-out patients; none without them."""
         if self._held_out is None:
             return np.zeros(0), np.zeros(0, np.int64)
-        scores = predict(self._model, state, self._held_out.features)
+        scores = predict(self._model, state, self._held_out.features, output=self._scored)
         return scores, self._held_out.targets.numpy().astype(np.int64)
 
     def close(self) -> None:
@@ -297,7 +311,15 @@ class Trainer(ABC, Generic[_Event]):
     def _train_plain(self) -> None:
         """Train the model as it is, without privacy."""
         data = self._data
-        train_plain(self._model, self._loss, data.features, data.targets, plan=self._plan, entropy=self._entropy)
+        train_plain(
+            self._model,
+            self._loss,
+            data.features,
+            data.targets,
+            plan=self._plan,
+            augmentation=self._augmentation,
+            entropy=self._entropy,
+        )
 
 
 class LocalTrainer(Trainer[PoissonSampledGaussian]):
@@ -345,6 +367,7 @@ class LocalTrainer(Trainer[PoissonSampledGaussian]):
                 event=event,
                 clip_norm=self._privacy.clip_norm,
                 max_rows_per_patient=self._max_rows_per_patient,
+                augmentation=self._augmentation,
                 entropy=self._entropy,
             )
         return _bytes_of(self._model.state_dict())
@@ -386,6 +409,7 @@ class SharedTrainer(Trainer[IntegerEvent]):
             sampling_rate=self._sampling_rate,
             clip_norm=self._privacy.clip_norm,
             max_rows_per_patient=self._max_rows_per_patient,
+            augmentation=self._augmentation,
             entropy=self._entropy,
         )
         trained = [(name, tensor.numel()) for name, tensor in self._model.named_parameters() if tensor.requires_grad]
@@ -441,32 +465,22 @@ def _bytes_of(state: State) -> bytes:
     return save({name: tensor.detach().cpu().numpy() for name, tensor in state.items()})
 
 
-def predict(model: nn.Module, state: State, features: torch.Tensor) -> npt.NDArray[np.float32]:
-    """Probabilities (n,) that ``model`` with ``state`` gives for ``features`` (n, ...)."""
+def predict(model: nn.Module, state: State, features: torch.Tensor, *, output: int = 0) -> npt.NDArray[np.float32]:
+    """Probabilities (n,) that ``model`` with ``state`` gives for ``features`` (n, ...), where its ``output`` is their
+    logit; a few rows at a time."""
     model.load_state_dict(state)
     model.eval()
     with torch.no_grad():
-        return torch.sigmoid(model(features).squeeze(1)).numpy()
+        pieces = [torch.sigmoid(model(rows)[:, output]) for rows in torch.split(features, BATCH_ROWS)]
+    return torch.cat(pieces).numpy()
 
 
-def hospital_of(site: OpenSite) -> Hospital:
-    """The data that a site's configuration names; ConfigurationError or DatasetError if it names none."""
-    data = site.config.data
-    if data is None:
-        raise ConfigurationError(
-            f"site {site.name}: no [data] in its configuration; the site program needs it, `sites.join` does not"
-        )
-    if data.hospital not in HOSPITALS:
-        raise DatasetError(f"heart data: found hospital {data.hospital!r}, expected one of {', '.join(HOSPITALS)}")
-    return load_hospitals(site.folder / data.folder if data.folder else None)[data.hospital]
-
-
-def ledger_of(site: OpenSite, data: Examples) -> Ledger:
-    """The site's ledger of releases from ``data``, opened or created."""
+def ledger_of(site: OpenSite, dataset: str) -> Ledger:
+    """The site's ledger of releases from the data of this name, opened or created."""
     site.ledger.parent.mkdir(parents=True, exist_ok=True)
     return Ledger(
         site.ledger,
-        dataset=fingerprint(data, site.keys.identity),
+        dataset=dataset,
         unit=site.manifest.privacy.unit,
         site=site.name,
         signer=site.keys.identity,
@@ -475,9 +489,20 @@ def ledger_of(site: OpenSite, data: Examples) -> Ledger:
 
 def trainer_for(site: OpenSite) -> Trainer[Any]:
     """The trainer that a site's configuration describes; ConfigurationError or DatasetError if it describes none."""
-    hospital = hospital_of(site)
-    held_out = Examples.of_hospital(hospital, held_out=True)
-    return trainer_of(site, heart_model(), Examples.of_hospital(hospital), held_out=held_out)
+    from sites.site_data import site_data  # noqa: PLC0415  which is made of what is here
+
+    found = site_data(site)
+    return trainer_of(
+        site,
+        found.model,
+        found.data,
+        dataset=found.dataset,
+        loss=found.loss,
+        held_out=found.held_out,
+        scored=found.scored,
+        max_rows_per_patient=found.max_rows_per_patient,
+        augmentation=found.augmentation,
+    )
 
 
 def trainer_of(
@@ -485,25 +510,30 @@ def trainer_of(
     model: nn.Module,
     data: Examples,
     *,
+    dataset: str | None = None,
     loss: Loss = binary_loss,
     held_out: Examples | None = None,
+    scored: int = 0,
     max_rows_per_patient: int = 1,
+    augmentation: Augmentation | None = None,
 ) -> Trainer[Any]:
     """A trainer of ``model`` on a site's own ``data`` in the manifest's privacy mode, behind the site's budget; see
-    ``Trainer``."""
-    privacy, own, noise = site.manifest.privacy, site.config.privacy, site.manifest.noise_plan
+    ``Trainer``.  ``dataset``: what the data is called in the ledger, by default its fingerprint."""
+    dataset = fingerprint(data, site.keys.identity) if dataset is None else dataset
+    privacy, noise = site.manifest.privacy, site.manifest.noise_plan
     options: TrainerOptions = {
         "name": site.name,
         "model": model,
         "data": data,
         "loss": loss,
         "held_out": held_out,
+        "scored": scored,
         "max_rows_per_patient": max_rows_per_patient,
+        "augmentation": augmentation,
         "training": site.manifest.training,
         "privacy": privacy,
-        "ledger": None if privacy.mode == "none" else ledger_of(site, data),
-        # What the data may ever cost is the site's own decision; the manifest says what a run may.
-        "budget": PrivacyBudget(own.epsilon, own.delta) if isinstance(own, BoundedPrivacy) else None,
+        "ledger": None if privacy.mode == "none" else ledger_of(site, dataset),
+        "budget": site.budget,
         "consortium": site.manifest.consortium.name,
         "manifest_sha256": site.manifest.digest.hex(),
     }

@@ -20,7 +20,7 @@ from dp.ledger import events_in, read_ledger, verify
 from sites.config import open_site
 from sites.errors import ConfigurationError
 from sites.recipe import PRIVACY
-from sites.trainer import hospital_of
+from sites.site_data import hospital_of
 
 Run = Callable[..., tuple[int, str, str]]
 QUICK = ("--canaries", "500", "--guesses", "100", "--rounds", "4")

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 from support.ledgers import with_sqlite
+from support.xray_studies import write_npz
 
 from dp.accountants import rdp_epsilon
 from dp.errors import BudgetExhausted, LedgerTampered
@@ -22,6 +23,7 @@ from sites.keys import load_card
 from sites.manifest import Manifest
 from sites.model_state import ModelSpec
 from sites.trainer import heart_model, trainer_for
+from sites.xray_studies import HOSPITALS as XRAY_HOSPITALS
 
 PATIENTS = {"cleveland": 199, "hungary": 172, "switzerland": 30, "va": 85}
 
@@ -244,3 +246,21 @@ def test_sums_that_the_coordinator_cannot_read(tmp_path) -> None:
     assert models == {(kept / "model.safetensors").read_bytes()}
     summary = json.loads((kept / "hungary" / "summary.json").read_text())
     assert summary["rounds"][-1]["metrics"]["auc"] > 0.7
+
+
+@pytest.mark.slow
+def test_x_rays_as_studies_of_seven_hospitals(tmp_path) -> None:
+    """With X-rays written as DICOM studies, seven hospitals train end to end, a patient's images count once, and every
+    hospital is shown beside the model of all."""
+    npz = write_npz(tmp_path / "x.npz", rows=600)
+    options = ("--data", "xray", "--npz", str(npz), "--mode", "shared", "--rounds", "3")
+    result, shown, kept = demo(tmp_path, *options)
+    assert [site["name"] for site in result["sites"]] == list(XRAY_HOSPITALS)
+    for site in result["sites"]:
+        labels = (kept / "studies" / site["name"] / "labels.csv").read_text().splitlines()[1:]
+        assert 0 < site["patients"] <= len(labels)
+        assert 7.5 < site["epsilon"] <= 8
+        assert re.search(rf"{site['name']} +│ +{site['patients']} ", shown)
+    assert result["metrics"]["federated"]["auc"] > 0.8
+    assert "On the 60 test images, which are no hospital's" in shown
+    assert all(len(line) <= 80 for line in shown.splitlines() if line[:1] in "┏┃┡│├└")

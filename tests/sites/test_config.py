@@ -8,7 +8,7 @@ import tomli_w
 from support.consortium import make_consortium
 
 from sites import recipe
-from sites.config import OwnData, open_site, save_config
+from sites.config import HeartData, open_site, save_config
 from sites.errors import ConfigurationError, KeyFileError, ManifestError
 from sites.keys import generate_keys, save_keys
 
@@ -49,7 +49,7 @@ def test_all_sites_open(consortium):
 def test_hospitals_open(tmp_path):
     """A hospital's configuration says which part of the data is its own."""
     for name, path in make_consortium(tmp_path, hospitals=True).site_configs.items():
-        assert open_site(path).config.data == OwnData(kind="heart", hospital=name)
+        assert open_site(path).config.data == HeartData(hospital=name)
 
 
 def test_own_state_and_policy(site):

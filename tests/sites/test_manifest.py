@@ -179,9 +179,9 @@ def test_fields_with_one_value(tmp_path, path):
 
 
 def test_every_field_is_in_the_walk():
-    """The walk over the fields above misses no table; shared noise has its own, in test_shared_noise, and a census,
-    in test_census."""
-    assert {path[0] for path in LEAVES} == set(Manifest.__struct_fields__) - {"signatures", "noise", "census"}
+    """The walk over the fields above misses no table; shared noise has its own, in test_shared_noise, images in
+    test_site_data and a census in test_census."""
+    assert {path[0] for path in LEAVES} == set(Manifest.__struct_fields__) - {"signatures", "noise", "images", "census"}
     assert {path[-1] for path in LEAVES} >= set(FIXED) | set(CHOICES)
 
 

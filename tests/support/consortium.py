@@ -6,7 +6,7 @@ from pathlib import Path
 
 import msgspec
 
-from sites.config import OwnData, save_config
+from sites.config import HeartData, save_config
 from sites.datasets.heart import HOSPITALS
 from sites.keys import Keys, generate_keys, save_keys
 from sites.manifest import Manifest
@@ -70,7 +70,7 @@ def make_consortium(
             manifest_path=manifest_path,
             keys=paths[name],
             site=name,
-            data=OwnData(kind="heart", hospital=name) if hospitals else None,
+            data=HeartData(hospital=name) if hospitals else None,
         )
     return Consortium(
         manifest=manifest,

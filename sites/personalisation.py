@@ -1,0 +1,92 @@
+"""A site's own version of the final model: trained on for a few steps on its own patients, and never sent anywhere.
+
+With differential privacy it is booked as a run of its own before a patient is sampled: whoever is given the personal
+model, or sees what it predicts, learns of a patient what the ledger then says in all.
+"""
+
+import os
+from contextlib import closing
+from dataclasses import dataclass
+from typing import Final
+
+from safetensors.torch import save
+
+from secureagg.identity import Entropy
+from sites.config import OpenSite
+from sites.errors import ConfigurationError
+from sites.evaluation import Metrics, evaluate_scores
+from sites.files import write_atomic
+from sites.manifest import Privacy, Training
+from sites.model_state import State
+from sites.site_data import SiteData, site_data
+from sites.trainer import LocalTrainer, ledger_of, predict
+
+PERSONAL_MODEL: Final = "personal.safetensors"  # in the state folder, readable for the site's user only
+PURPOSE: Final = "personalise"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Personalised:
+    """How the final model did on this site's held-out rows ``before`` and ``after``, and the epsilon of it alone."""
+
+    before: Metrics
+    after: Metrics
+    epsilon: float | None
+
+
+def personalise(site: OpenSite, final: State, *, run: str, entropy: Entropy = os.urandom) -> Personalised:
+    """Train the ``final`` model of ``run`` on as SITE.toml's [personalisation] says; the result is in the state folder.
+
+    Asked again for the same run it gives the same model.  Raises ConfigurationError without such a table, or where
+    whole sites are the unit, and BudgetExhausted, before a patient is sampled, where the site's budget has no room.
+    """
+    plan, mode = site.config.personalisation, site.manifest.privacy.mode
+    if plan is None or mode == "site":
+        raise ConfigurationError(
+            f"site {site.name}: found {'no [personalisation]' if plan is None else 'mode site'}, expected a table "
+            "[personalisation] in its configuration, and patients as the unit"
+        )
+    found = site_data(site)
+    ledger = None if mode == "none" else ledger_of(site, found.dataset)
+    trainer = LocalTrainer(
+        name=site.name,
+        model=found.model,
+        data=found.data,
+        training=Training(
+            rounds=1,
+            local_steps=plan.steps,
+            batch_size=plan.batch_size,
+            learning_rate=plan.learning_rate,
+            server_optimizer="average",
+            server_learning_rate=1.0,
+        ),
+        privacy=Privacy(
+            mode="none" if mode == "none" else "local",
+            epsilon=plan.epsilon,
+            delta=plan.delta,
+            clip_norm=site.manifest.privacy.clip_norm,
+        ),
+        ledger=ledger,
+        budget=site.budget,
+        loss=found.loss,
+        max_rows_per_patient=found.max_rows_per_patient,
+        augmentation=found.augmentation,
+        consortium=site.manifest.consortium.name,
+        manifest_sha256=site.manifest.digest.hex(),
+        purpose=PURPOSE,
+        entropy=entropy,
+    )
+    with closing(trainer):
+        result = trainer.train(final, run=f"{PURPOSE} {run}", round_number=1)
+    bins = site.manifest.evaluation.histogram_bins
+    write_atomic(site.state / PERSONAL_MODEL, save(dict(result.state)), mode=0o600)
+    return Personalised(
+        before=_metrics(found, final, bins), after=_metrics(found, result.state, bins), epsilon=result.epsilon
+    )
+
+
+def _metrics(found: SiteData, state: State, bins: int) -> Metrics:
+    if found.held_out is None:
+        return Metrics(auc=None, accuracy=None, balanced_accuracy=None)
+    scores = predict(found.model, state, found.held_out.features, output=found.scored)
+    return evaluate_scores(scores, found.held_out.targets.numpy(), bins)
