@@ -49,9 +49,11 @@ from transport import Delivery, Endpoint, PeerId, TransportError
 
 SAMPLE_BYTES: Final = 12  # of a masked input, kept in the record to show what the coordinator saw
 FAILURES_IN_A_ROW: Final = 3
+CONFIRMING_SECONDS: Final = 0.02  # between two looks whether receipts have arrived
 FINISHED: Final = "finished"
 STATUS: Final = "status.json"
 INTERRUPTED: Final = "interrupted"  # the coordinator went away in this round
+UNCONFIRMED: Final = "unconfirmed"  # of a sum for the sites, which none of them has said to have
 # Of one site, beside two uploads, and one more for each second; it needs one or two, and a hello each 2 s.
 MESSAGES_PER_PHASE: Final = 100
 TOO_MANY: Final = "too-many-messages"
@@ -164,8 +166,9 @@ class CoordinatorLoop:
                 raise
             finally:
                 self._pool.shutdown()
-            store.end(self._run, FINISHED)
+            # In this order: whoever goes away while it tells the sites is started again to tell them, not to begin anew.
             self._say_over(FINISHED)
+            store.end(self._run, FINISHED)
         return records
 
     def _begin_or_go_on(self, store: RunStore) -> int:
@@ -202,8 +205,9 @@ class CoordinatorLoop:
     def _rounds(self, store: RunStore, first: int) -> list[RoundRecord]:
         records: list[RoundRecord] = []
         self._write_status(first - 1)
-        self._wait_for_sites()
         rounds = self._manifest.training.rounds
+        # Where no round is left, those who have not heard of it may come, and nobody has to.
+        self._wait_for_sites(self._manifest.policy.minimum_cohort if first <= rounds + 1 else 0)
         failures = 0
         for number in range(first, rounds + 2):
             record, aggregate = self._play(store, number)
@@ -262,10 +266,9 @@ class CoordinatorLoop:
 
     # --- presence ---
 
-    def _wait_for_sites(self) -> None:
-        """Return once every site of the roster is present, or enough are and the time to join is over."""
+    def _wait_for_sites(self, minimum: int) -> None:
+        """Return once every site of the roster is present, or ``minimum`` are and the time to join is over."""
         deadline = time.monotonic() + self._manifest.deadlines.join_seconds
-        minimum = self._manifest.policy.minimum_cohort
         while len(self._present) < len(self._roster):
             delivery = self._endpoint.receive(max(0.0, deadline - time.monotonic()))
             if delivery is not None:
@@ -356,7 +359,7 @@ class CoordinatorLoop:
         latter."""
         self._bring_up_to_date()
         if len(self._present) < self._manifest.policy.minimum_cohort:
-            self._wait_for_sites()
+            self._wait_for_sites(self._manifest.policy.minimum_cohort)
         self._receipted = set()
         purpose = self._purpose(number)
         record = RoundRecord(run=self._run, number=number, purpose=purpose, cohort=tuple(sorted(self._present)))
@@ -387,6 +390,9 @@ class CoordinatorLoop:
         self._drive(machine, record, most=MESSAGES_PER_PHASE + 2 * chunks)
         if isinstance(machine.phase, CoordinatorFinished):
             aggregate = machine.phase.aggregate
+            if self._held_by_sites and purpose == "train" and not self._confirm_receipts():
+                record.error = UNCONFIRMED
+                return record, None
             record.survivors = aggregate.survivors
             totals = aggregate.totals
             record.metrics = metrics_of(aggregate)
@@ -430,6 +436,20 @@ class CoordinatorLoop:
                     self._present -= silent
                     self._deliver(machine, record, machine.close_phase())
             record.seconds[type(phase).__name__] = time.monotonic() - began
+
+    def _confirm_receipts(self) -> bool:
+        """Wait until as many sites as a sum needs, or all who can, have the receipt by which they move their model;
+        whether any has.  Stops a model that nobody has from being the one that the run goes on from."""
+        deadline = time.monotonic() + self._manifest.deadlines.phase_seconds
+        asked = self._receipted
+        while (left := deadline - time.monotonic()) > 0:
+            self._receipted = {site for site in asked if not self._endpoint.pending(PeerId(site))}
+            if len(self._receipted) >= min(len(asked), self._manifest.policy.minimum_survivors):
+                break
+            delivery = self._endpoint.receive(min(left, CONFIRMING_SECONDS))
+            if delivery is not None:
+                self._take_control(delivery)
+        return bool(self._receipted)
 
     def _allowed_seconds(self, machine: Coordinator, purpose: Purpose) -> float:
         deadlines = self._manifest.deadlines
