@@ -89,9 +89,7 @@ def soak(nursery: Nursery, folder: Path, rounds: int) -> dict[str, Any]:
 
 def large(nursery: Nursery, folder: Path, sites: int, parameters: int) -> dict[str, Any]:
     """One round of many sites, each a process, over good lines."""
-    deadlines = msgspec.structs.replace(
-        DEADLINES, join_seconds=600.0, phase_seconds=900.0, training_seconds=1800.0
-    )
+    deadlines = msgspec.structs.replace(DEADLINES, join_seconds=600.0, phase_seconds=900.0, training_seconds=1800.0)
     names = tuple(f"site-{number:03d}" for number in range(sites))
     base = memory_of(nursery.pid)
     with Chaos(
@@ -159,7 +157,9 @@ def main() -> None:
         sys.exit(f"VIOLATED: {error}; everything is in {root}")
     table = Table("what", "figures")
     for row in rows:
-        table.add_row(str(row.get("what", row.get("backend"))), ", ".join(f"{key} {value}" for key, value in row.items()))
+        table.add_row(
+            str(row.get("what", row.get("backend"))), ", ".join(f"{key} {value}" for key, value in row.items())
+        )
     console.print(table)
     if options.json is not None:
         found = {"load of the machine": [load, os.getloadavg()[0]], "seconds": time.monotonic() - began, "runs": rows}

@@ -166,14 +166,18 @@ class CoordinatorLoop:
                 raise
             finally:
                 self._pool.shutdown()
-            # In this order: whoever goes away while it tells the sites is started again to tell them, not to begin anew.
+            # In this order: who goes away while it tells the sites is started again to tell them, not to begin anew.
             self._say_over(FINISHED)
             store.end(self._run, FINISHED)
         return records
 
     def _begin_or_go_on(self, store: RunStore) -> int:
-        """The number of the first round: 1 of a new run, or the next one of a run that was interrupted."""
+        """The number of the first round: 1 of a new run, or the next one of a run that was interrupted; above the last
+        one of a run that is over."""
         found = None if self._new_run else store.unfinished(self._manifest)
+        # Stops a run that is over from being trained again, at its price in privacy, when a machine is switched on.
+        if over := found is None and not self._new_run:
+            found = store.finished(self._manifest)
         if found is None:
             self._run = secrets.token_hex(8)
             store.start(self._run, self._manifest, self._stored_model)
@@ -196,7 +200,11 @@ class CoordinatorLoop:
                 record = RoundRecord(run=self._run, number=found.begun, purpose=self._purpose(found.begun), cohort=())
                 record.error = INTERRUPTED
                 store.finish(self._run, found.begun, msgspec.json.encode(record))
-            self._notify(f"run {self._run} goes on with round {found.begun + 1}")
+            self._notify(
+                f"run {self._run} is over, sites that have missed the end are told; --new-run begins another"
+                if over
+                else f"run {self._run} goes on with round {found.begun + 1}"
+            )
         store.complete_log()
         if not self._held_by_sites:
             self._save_model()

@@ -66,7 +66,7 @@ def run_coordinator(
     memory_bytes: int = MEMORY_BYTES,
 ) -> list[RoundRecord]:
     """Coordinate one whole run of the consortium, or go on with one that was interrupted; the final model is in
-    ``state``/model.safetensors.
+    ``state``/model.safetensors.  Of one that is over, sites are told the end.
 
     ``memory_bytes``: the most that messages under way may take, over all sites.
     """

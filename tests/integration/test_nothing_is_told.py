@@ -192,7 +192,7 @@ def test_no_marker_is_elsewhere(
             keys=consortium.coordinator_keys_path,
             initial=consortium.initial_path,
             state=tmp_path / "state",
-            report=lambda record: together.records.append(record),
+            report=lambda record: together.records.append(record),  # noqa: PLW0108  made after this
             notify=together.said.append,
         ),
     )

@@ -189,17 +189,33 @@ def test_a_sum_that_nobody_heard_of(tmp_path: Path) -> None:
             np.testing.assert_allclose(tensor.numpy(), expected_model(["abcd"] * 3), atol=10 * STEP)
 
 
-def test_a_finished_run_is_not_begun_again(tmp_path: Path) -> None:
-    """A coordinator that is started after the end begins a new run from the initial model, in the same log."""
-    first = Together(tmp_path, rounds=1).run()
-    assert first.failure is None
-    second = Together(tmp_path / "again", rounds=1)
-    second.folder = tmp_path
-    second.run()
-    assert second.failure is None
-    records = logged(tmp_path)
-    assert [record.number for record in records] == [1, 2, 1, 2]
-    assert records[0].run != records[2].run
+@pytest.mark.parametrize("policy", [POLICY, HOMOMORPHIC], ids=["masked", "homomorphic"])
+def test_a_finished_run_is_not_begun_again(tmp_path: Path, policy: Policy) -> None:
+    """A coordinator that is started after the end trains nothing: it tells the sites that come, who may have missed it,
+    that the run is over, and they have its model."""
+    if policy is HOMOMORPHIC:
+        pytest.importorskip("tenseal", reason="the extra `homomorphic` is not installed")
+    together = Together(tmp_path, rounds=1, policy=policy).run()
+    first = {name: state["weight"] for name, state in together.final.items()}
+    together.final.clear()
+    together.run()
+    assert together.failure is None
+    assert together.errors == {}
+    assert [record.number for record in logged(tmp_path)] == [1, 2]
+    assert any("is over" in text for text in together.said)
+    assert together.final.keys() == first.keys() == set("abcd")
+    for name, state in together.final.items():
+        assert torch.equal(state["weight"], first[name])
+
+
+def test_a_new_run_after_the_end(tmp_path: Path) -> None:
+    """Only asked for is another run begun, from the initial model, in the same log."""
+    together = Together(tmp_path, rounds=1).run()
+    together.new_run = True
+    together.run()
+    assert together.failure is None
+    assert [record.number for record in together.records] == [1, 2, 1, 2]
+    assert together.records[0].run != together.records[2].run
 
 
 def test_a_damaged_model_ends_the_start(tmp_path: Path) -> None:

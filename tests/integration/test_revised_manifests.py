@@ -99,9 +99,7 @@ class Interrupted:
         programs["sum"] = lambda: self._coordinate(manifest or self.consortium.manifest_path)
         if rogue:
             programs[rogue] = lambda: self._take_part(rogue)
-        threads = [
-            threading.Thread(target=self._guarded, args=(name, program)) for name, program in programs.items()
-        ]
+        threads = [threading.Thread(target=self._guarded, args=(name, program)) for name, program in programs.items()]
         for thread in threads:
             thread.start()
         for thread in threads:

@@ -30,9 +30,7 @@ from support.faulty_link import Faults, FaultyLink
 
 COORDINATOR: Final = "sum"
 SITES: Final = ("a", "b", "c", "d", "e")
-DEADLINES: Final = msgspec.structs.replace(
-    recipe.DEADLINES, join_seconds=15.0, phase_seconds=2.0, training_seconds=3.0
-)
+DEADLINES: Final = msgspec.structs.replace(recipe.DEADLINES, join_seconds=15.0, phase_seconds=2.0, training_seconds=3.0)
 PLAIN: Final = msgspec.structs.replace(recipe.PRIVACY, mode="none")
 LOCAL: Final = msgspec.structs.replace(recipe.PRIVACY, mode="local", epsilon=1000.0)
 ENCODING: Final = msgspec.structs.replace(recipe.ENCODING, value_range=4.0, max_examples=100, out_of_range="error")

@@ -19,7 +19,7 @@ from secureagg import labels
 from sites.manifest import Manifest
 from support.chaos_programs import TAKEN, update_of, weight_of
 
-TOLERANCE = 1e-5  # of a float32 model that has moved a few hundred times; a wrong sum is off by a tenth
+TOLERANCE = 1e-5  # of a float32 model; a wrong sum is off by a tenth
 
 
 class Violated(AssertionError):
@@ -70,7 +70,7 @@ class Judge:
     manifest: Manifest
     seed: int | None
     tally: Tally = field(default_factory=Tally)
-    _models: list[npt.NDArray[np.float64]] = field(default_factory=list)  # index: after which round
+    _models: list[npt.NDArray[np.float32]] = field(default_factory=list)  # index: after which round
     _run: str = ""
     _inputs: dict[tuple[int, str], dict[str, Any]] = field(default_factory=dict)
     _starts: dict[tuple[int, str], Any] = field(default_factory=dict)
@@ -87,7 +87,7 @@ class Judge:
 
     def __post_init__(self) -> None:
         length = sum(int(np.prod(tensor.shape)) for tensor in self.manifest.model.tensors)
-        self._models.append(np.zeros(length))
+        self._models.append(np.zeros(length, np.float32))
         self._files = {
             name: (_Lines(self.folder / name / TAKEN), _Lines(self.folder / name / "rounds.jsonl"))
             for name in self.names
@@ -189,8 +189,8 @@ class Judge:
             if "weight" in totals and record["examples"] != int(totals["weight"][0]):
                 raise Violated(f"round {number}: {record['examples']} examples, expected {totals['weight']}")
         if "update" in totals:
-            mean = totals["update"] / self._scale / int(totals["weight"][0])
-            self._models[-1] = self._models[-2] + mean
+            mean = totals["update"] / int(totals["weight"][0]) / self._scale
+            self._models[-1] = self._models[-2] + mean.astype(np.float32)
 
     def _totals(self, record: dict[str, Any]) -> tuple[dict[str, npt.NDArray[np.int64]], str]:
         """The sum of what the survivors of a round put in, and the context that all of them share."""

@@ -62,7 +62,7 @@ def coordinate(folder: str) -> None:
         initial=root / "initial.safetensors",
         state=root / "state",
         report=lambda _record: None,
-        notify=lambda text: print(text, flush=True),  # noqa: T201  into this process's own log
+        notify=lambda text: os.write(1, f"{text}\n".encode()),
     )
 
 
@@ -158,7 +158,7 @@ class Nursery:
     def _ask(self, *request: object) -> Any:
         assert self._process.stdin is not None
         assert self._process.stdout is not None
-        print(json.dumps(request), file=self._process.stdin, flush=True)  # noqa: T201
+        print(json.dumps(request), file=self._process.stdin, flush=True)
         return json.loads(self._process.stdout.readline())
 
     def start(self, program: str, log: Path, *arguments: object) -> int:
