@@ -6,6 +6,7 @@ in rounds in which a machine fails, an update is refused, a site breaks the rule
 
 import logging
 import threading
+from base64 import b64encode
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from importlib.util import find_spec
@@ -52,8 +53,9 @@ def slices(vector: np.ndarray[Any, Any]) -> Iterator[bytes]:
 
 
 def spellings(secret: bytes) -> set[bytes]:
-    """A secret as bytes, in hexadecimal, and as ZeroMQ writes keys."""
-    spelled = {secret, secret.hex().encode(), secret.hex().upper().encode()}
+    """A secret as bytes, as Python shows them, in hexadecimal and base64, and as ZeroMQ writes keys."""
+    spelled = {secret, repr(secret)[2:-1].encode(), secret.hex().encode(), secret.hex().upper().encode()}
+    spelled.add(b64encode(secret).rstrip(b"="))
     return spelled | ({z85.encode(secret)} if len(secret) % 4 == 0 else set())
 
 
