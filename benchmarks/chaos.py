@@ -91,7 +91,6 @@ def large(nursery: Nursery, folder: Path, sites: int, parameters: int) -> dict[s
     """One round of many sites, each a process, over good lines."""
     deadlines = msgspec.structs.replace(DEADLINES, join_seconds=600.0, phase_seconds=900.0, training_seconds=1800.0)
     names = tuple(f"site-{number:03d}" for number in range(sites))
-    base = memory_of(nursery.pid)
     with Chaos(
         folder,
         nursery,
@@ -106,6 +105,7 @@ def large(nursery: Nursery, folder: Path, sites: int, parameters: int) -> dict[s
         without_progress=3000.0,
     ) as federation:
         outcome = federation.run()
+    base = memory_of(nursery.pid)
     record = json.loads((folder / "state" / "rounds.jsonl").read_bytes().splitlines()[0])
     summed, received = record["seconds"], record["bytes_received"]
     return {

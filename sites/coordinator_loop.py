@@ -146,9 +146,9 @@ class CoordinatorLoop:
         self._roster = manifest.roster
         self._pool = ThreadPoolExecutor(os.cpu_count(), thread_name_prefix="secureagg-masks")
 
-    def run(self) -> list[RoundRecord]:
+    def run(self) -> None:
         """Run every round of the manifest and a last one that evaluates the final model, or those that an interrupted
-        run has left; returns their records.
+        run has left.
 
         Raises FederationFailed when too few sites join or several rounds in a row end without a release; the last good
         model is on disk then, the sites are told, and the run can be gone on with.
@@ -160,7 +160,7 @@ class CoordinatorLoop:
                         self._notify(f"manifest revision {change.revision}, {what}: {', '.join(sites)}")
             first = self._begin_or_go_on(store)
             try:
-                records = self._rounds(store, first)
+                self._rounds(store, first)
             except FederationFailed as error:
                 self._say_over(error.code)
                 raise
@@ -169,7 +169,6 @@ class CoordinatorLoop:
             # In this order: who goes away while it tells the sites is started again to tell them, not to begin anew.
             self._say_over(FINISHED)
             store.end(self._run, FINISHED)
-        return records
 
     def _begin_or_go_on(self, store: RunStore) -> int:
         """The number of the first round: 1 of a new run, or the next one of a run that was interrupted; above the last
@@ -210,8 +209,7 @@ class CoordinatorLoop:
             self._save_model()
         return 1 if found is None else found.begun + 1
 
-    def _rounds(self, store: RunStore, first: int) -> list[RoundRecord]:
-        records: list[RoundRecord] = []
+    def _rounds(self, store: RunStore, first: int) -> None:
         self._write_status(first - 1)
         rounds = self._manifest.training.rounds
         # Where no round is left, those who have not heard of it may come, and nobody has to.
@@ -219,7 +217,6 @@ class CoordinatorLoop:
         failures = 0
         for number in range(first, rounds + 2):
             record, aggregate = self._play(store, number)
-            records.append(record)
             moved = None
             if aggregate is not None and record.purpose == "train":
                 self._move_model(aggregate)
@@ -237,7 +234,6 @@ class CoordinatorLoop:
                     f"coordinator: round {number} and {failures - 1} before it ended without a release, the last "
                     f"one with {record.error}; the model of the last finished round is in {self._state}"
                 )
-        return records
 
     @property
     def _stored_model(self) -> Model:
