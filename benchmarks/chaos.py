@@ -105,7 +105,6 @@ def large(nursery: Nursery, folder: Path, sites: int, parameters: int) -> dict[s
         without_progress=3000.0,
     ) as federation:
         outcome = federation.run()
-    base = memory_of(nursery.pid)
     record = json.loads((folder / "state" / "rounds.jsonl").read_bytes().splitlines()[0])
     summed, received = record["seconds"], record["bytes_received"]
     return {
@@ -118,7 +117,6 @@ def large(nursery: Nursery, folder: Path, sites: int, parameters: int) -> dict[s
         "seconds with joining, evaluation and the end": outcome.seconds,
         "bytes received per site": round(sum(received.values()) / sites),
         "bytes per parameter": sum(received.values()) / sites / parameters,
-        "bytes of a process before its work": base,
         "peak bytes, coordinator": outcome.peak[COORDINATOR],
         "peak bytes, largest site": max(peak for name, peak in outcome.peak.items() if name != COORDINATOR),
         "sites with the final model": outcome.with_final_model,

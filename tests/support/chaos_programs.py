@@ -86,7 +86,7 @@ def take_part(folder: str, name: str, address: str, seed: int, ledger: bool, qui
         note("sent", **where, lanes=lanes)
         return encoded
 
-    sites.participant_loop.encode_input = encode  # type: ignore[attr-defined]
+    sites.participant_loop.encode_input = encode
     endpoint = connect(
         address,
         secret_key=site.keys.transport_secret,
@@ -96,7 +96,7 @@ def take_part(folder: str, name: str, address: str, seed: int, ledger: bool, qui
     federation = Federation(site, endpoint=endpoint)
     trainer = None
     if ledger:
-        dp.budget.noise_multiplier_for = lambda **_: NOISE  # type: ignore[assignment]  its search takes seconds
+        dp.budget.noise_multiplier_for = lambda **_: NOISE  # its search takes seconds
         trainer = trainer_of(site, heart_model(), Examples.of_hospital(hospital()))
         federation.attach(trainer)
     run = ""
@@ -111,7 +111,7 @@ def take_part(folder: str, name: str, address: str, seed: int, ledger: bool, qui
                     note("draw", run=run, round=number)
                     REAL_TRAINING(*arguments, **options)
 
-                sites.trainer.train_private = train  # type: ignore[attr-defined]
+                sites.trainer.train_private = train
                 result = trainer.train_round(training_round)
                 note("release", run=run, round=number, sha256=sha256(sites.trainer._bytes_of(result.state)).hexdigest())
                 training_round.submit_trained(result)
