@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: install demo test test-slow mutants fuzz peers lint format clean
+.PHONY: install demo test test-slow chaos mutants fuzz peers lint format clean
 
 install: $(READY)
 
@@ -24,6 +24,10 @@ test: install
 
 test-slow: install
 	$(BIN)/python -m pytest -m slow
+
+# Real processes that are killed, stopped and cut off for some 500 rounds, judged after each; about ten minutes.
+chaos: install
+	$(BIN)/python -m benchmarks chaos
 
 # Deletes each check of the protocol core and of the privacy budget in turn and wants a test to fail; well over half an hour on 2 cores.
 mutants: install

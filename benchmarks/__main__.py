@@ -3,7 +3,7 @@
 import sys
 from importlib import import_module
 
-NAMES = ("masking", "homomorphic", "graph", "noise", "recipe", "transport", "utility", "dicom", "xray")
+NAMES = ("masking", "homomorphic", "graph", "noise", "recipe", "transport", "utility", "dicom", "xray", "chaos")
 
 if __name__ == "__main__":
     if len(sys.argv) < 2 or sys.argv[1] not in NAMES:

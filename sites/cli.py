@@ -323,11 +323,14 @@ def coordinator(
     initial: Annotated[Path, typer.Option(help="safetensors file of the model to start from.")],
     state: Annotated[Path, typer.Option(help="Folder for the model and the log of rounds.")] = Path("coordinator"),
     new_run: Annotated[
-        bool, typer.Option("--new-run", help="Begin anew, even if a run in that folder was interrupted.")
+        bool, typer.Option("--new-run", help="Begin anew, even if a run in that folder was interrupted or is over.")
     ] = False,
     memory: Annotated[int, typer.Option(min=1, help="MiB that messages under way may take, over all sites.")] = 256,
 ) -> None:
-    """Coordinate one training run; ends after the last round.  After a crash it goes on with that run."""
+    """Coordinate one training run; ends after the last round.  After a crash it goes on with that run.
+
+    Started again after the end, it gives the model to sites that have missed the end, and trains nothing.
+    """
     from sites.programs import MODEL, run_coordinator  # noqa: PLC0415
 
     _log_to_stderr()

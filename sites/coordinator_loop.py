@@ -49,9 +49,11 @@ from transport import Delivery, Endpoint, PeerId, TransportError
 
 SAMPLE_BYTES: Final = 12  # of a masked input, kept in the record to show what the coordinator saw
 FAILURES_IN_A_ROW: Final = 3
+CONFIRMING_SECONDS: Final = 0.02  # between two looks whether receipts have arrived
 FINISHED: Final = "finished"
 STATUS: Final = "status.json"
 INTERRUPTED: Final = "interrupted"  # the coordinator went away in this round
+UNCONFIRMED: Final = "unconfirmed"  # of a sum for the sites, which none of them has said to have
 # Of one site, beside two uploads, and one more for each second; it needs one or two, and a hello each 2 s.
 MESSAGES_PER_PHASE: Final = 100
 TOO_MANY: Final = "too-many-messages"
@@ -144,9 +146,9 @@ class CoordinatorLoop:
         self._roster = manifest.roster
         self._pool = ThreadPoolExecutor(os.cpu_count(), thread_name_prefix="secureagg-masks")
 
-    def run(self) -> list[RoundRecord]:
+    def run(self) -> None:
         """Run every round of the manifest and a last one that evaluates the final model, or those that an interrupted
-        run has left; returns their records.
+        run has left.
 
         Raises FederationFailed when too few sites join or several rounds in a row end without a release; the last good
         model is on disk then, the sites are told, and the run can be gone on with.
@@ -158,19 +160,23 @@ class CoordinatorLoop:
                         self._notify(f"manifest revision {change.revision}, {what}: {', '.join(sites)}")
             first = self._begin_or_go_on(store)
             try:
-                records = self._rounds(store, first)
+                self._rounds(store, first)
             except FederationFailed as error:
                 self._say_over(error.code)
                 raise
             finally:
                 self._pool.shutdown()
-            store.end(self._run, FINISHED)
+            # In this order: who goes away while it tells the sites is started again to tell them, not to begin anew.
             self._say_over(FINISHED)
-        return records
+            store.end(self._run, FINISHED)
 
     def _begin_or_go_on(self, store: RunStore) -> int:
-        """The number of the first round: 1 of a new run, or the next one of a run that was interrupted."""
+        """The number of the first round: 1 of a new run, or the next one of a run that was interrupted; above the last
+        one of a run that is over."""
         found = None if self._new_run else store.unfinished(self._manifest)
+        # Stops a run that is over from being trained again, at its price in privacy, when a machine is switched on.
+        if over := found is None and not self._new_run:
+            found = store.finished(self._manifest)
         if found is None:
             self._run = secrets.token_hex(8)
             store.start(self._run, self._manifest, self._stored_model)
@@ -193,21 +199,24 @@ class CoordinatorLoop:
                 record = RoundRecord(run=self._run, number=found.begun, purpose=self._purpose(found.begun), cohort=())
                 record.error = INTERRUPTED
                 store.finish(self._run, found.begun, msgspec.json.encode(record))
-            self._notify(f"run {self._run} goes on with round {found.begun + 1}")
+            self._notify(
+                f"run {self._run} is over, sites that have missed the end are told; --new-run begins another"
+                if over
+                else f"run {self._run} goes on with round {found.begun + 1}"
+            )
         store.complete_log()
         if not self._held_by_sites:
             self._save_model()
         return 1 if found is None else found.begun + 1
 
-    def _rounds(self, store: RunStore, first: int) -> list[RoundRecord]:
-        records: list[RoundRecord] = []
+    def _rounds(self, store: RunStore, first: int) -> None:
         self._write_status(first - 1)
-        self._wait_for_sites()
         rounds = self._manifest.training.rounds
+        # Where no round is left, those who have not heard of it may come, and nobody has to.
+        self._wait_for_sites(self._manifest.policy.minimum_cohort if first <= rounds + 1 else 0)
         failures = 0
         for number in range(first, rounds + (2 if self._manifest.census is msgspec.UNSET else 3)):
             record, aggregate = self._play(store, number)
-            records.append(record)
             moved = None
             if aggregate is not None and record.purpose == "train":
                 self._move_model(aggregate)
@@ -228,7 +237,6 @@ class CoordinatorLoop:
                     f"coordinator: round {number} and {failures - 1} before it ended without a release, the last "
                     f"one with {record.error}; the model of the last finished round is in {self._state}"
                 )
-        return records
 
     @property
     def _stored_model(self) -> Model:
@@ -266,10 +274,9 @@ class CoordinatorLoop:
 
     # --- presence ---
 
-    def _wait_for_sites(self) -> None:
-        """Return once every site of the roster is present, or enough are and the time to join is over."""
+    def _wait_for_sites(self, minimum: int) -> None:
+        """Return once every site of the roster is present, or ``minimum`` are and the time to join is over."""
         deadline = time.monotonic() + self._manifest.deadlines.join_seconds
-        minimum = self._manifest.policy.minimum_cohort
         while len(self._present) < len(self._roster):
             delivery = self._endpoint.receive(max(0.0, deadline - time.monotonic()))
             if delivery is not None:
@@ -360,7 +367,7 @@ class CoordinatorLoop:
         latter."""
         self._bring_up_to_date()
         if len(self._present) < self._manifest.policy.minimum_cohort:
-            self._wait_for_sites()
+            self._wait_for_sites(self._manifest.policy.minimum_cohort)
         self._receipted = set()
         purpose = self._purpose(number)
         record = RoundRecord(run=self._run, number=number, purpose=purpose, cohort=tuple(sorted(self._present)))
@@ -391,6 +398,9 @@ class CoordinatorLoop:
         self._drive(machine, record, most=MESSAGES_PER_PHASE + 2 * chunks)
         if isinstance(machine.phase, CoordinatorFinished):
             aggregate = machine.phase.aggregate
+            if self._held_by_sites and purpose == "train" and not self._confirm_receipts():
+                record.error = UNCONFIRMED
+                return record, None
             record.survivors = aggregate.survivors
             totals = aggregate.totals
             record.metrics = metrics_of(aggregate)
@@ -434,6 +444,20 @@ class CoordinatorLoop:
                     self._present -= silent
                     self._deliver(machine, record, machine.close_phase())
             record.seconds[type(phase).__name__] = time.monotonic() - began
+
+    def _confirm_receipts(self) -> bool:
+        """Wait until as many sites as a sum needs, or all who can, have the receipt by which they move their model;
+        whether any has.  Stops a model that nobody has from being the one that the run goes on from."""
+        deadline = time.monotonic() + self._manifest.deadlines.phase_seconds
+        asked = self._receipted
+        while (left := deadline - time.monotonic()) > 0:
+            self._receipted = {site for site in asked if not self._endpoint.pending(PeerId(site))}
+            if len(self._receipted) >= min(len(asked), self._manifest.policy.minimum_survivors):
+                break
+            delivery = self._endpoint.receive(min(left, CONFIRMING_SECONDS))
+            if delivery is not None:
+                self._take_control(delivery)
+        return bool(self._receipted)
 
     def _allowed_seconds(self, machine: Coordinator, purpose: Purpose) -> float:
         deadlines = self._manifest.deadlines

@@ -69,9 +69,9 @@ def run_coordinator(
     report: Callable[[RoundRecord], None],
     notify: Callable[[str], None],
     memory_bytes: int = MEMORY_BYTES,
-) -> list[RoundRecord]:
+) -> None:
     """Coordinate one whole run of the consortium, or go on with one that was interrupted; the final model is in
-    ``state``/model.safetensors.
+    ``state``/model.safetensors.  Of one that is over, sites are told the end.
 
     ``memory_bytes``: the most that messages under way may take, over all sites.
     """
@@ -93,7 +93,7 @@ def run_coordinator(
     limits = transport_limits(manifest, memory_bytes=memory_bytes)
     with listen(manifest.coordinator.address, secret_key=own.transport_secret, peers=peers, limits=limits) as endpoint:
         notify(f"listening at {manifest.coordinator.address} for {len(peers)} sites")
-        loop = CoordinatorLoop(
+        CoordinatorLoop(
             manifest=manifest,
             endpoint=endpoint,
             initial=model,
@@ -101,8 +101,7 @@ def run_coordinator(
             new_run=new_run,
             report=report,
             notify=notify,
-        )
-        return loop.run()
+        ).run()
 
 
 def allow_many_connections() -> None:

@@ -34,6 +34,10 @@ CREATE TABLE IF NOT EXISTS excluded (run TEXT NOT NULL, site TEXT NOT NULL, code
     PRIMARY KEY (run, site));
 """
 
+_LAST_RUN: Final = (
+    "SELECT run, manifest, rules, begun, model_name, file, file_sha256, holders, over FROM runs"  # as `_checkpoint`
+)
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Model:
@@ -86,13 +90,10 @@ class RunStore:
         """Where the last run stands, if it is not over; ConfigurationError if it is under rules that do not go on under
         this manifest, and naming the file that is missing or not what it was."""
         with self._errors():
-            row = self._database.execute(
-                "SELECT run, manifest, rules, begun, model_name, file, file_sha256, holders FROM runs "
-                "WHERE over IS NULL"
-            ).fetchone()
+            row = self._database.execute(f"{_LAST_RUN} WHERE over IS NULL").fetchone()
             if row is None:
                 return None
-            run, found, rules, begun, model_name, file, digest, holders = row
+            run, found, rules, *_ = row
             # Stops a run from being dropped in silence when a coordinator is started with another manifest.
             if not manifest.continues(found, rules):
                 raise ConfigurationError(
@@ -101,8 +102,30 @@ class RunStore:
                 )
             if found != manifest.digest:
                 self._database.execute("UPDATE runs SET manifest = ? WHERE run = ?", (manifest.digest, run))
-            excluded = dict(self._database.execute("SELECT site, code FROM excluded WHERE run = ?", (run,)))
-            finished = self._database.execute("SELECT max(number) FROM rounds WHERE run = ?", (run,)).fetchone()[0]
+            return self._checkpoint(*row)
+
+    def finished(self, manifest: Manifest) -> Checkpoint | None:
+        """How the last run ended, if it is over, under this manifest or the one before it; else None."""
+        with self._errors():
+            row = self._database.execute(f"{_LAST_RUN} ORDER BY rowid DESC LIMIT 1").fetchone()
+            if row is None or row[-1] is None or not manifest.continues(row[1], row[2]):
+                return None
+            return self._checkpoint(*row)
+
+    def _checkpoint(
+        self,
+        run: str,
+        _manifest: bytes,
+        _rules: bytes,
+        begun: int,
+        model_name: bytes,
+        file: str | None,
+        digest: bytes,
+        holders: str,
+        _over: str | None,
+    ) -> Checkpoint:
+        excluded = dict(self._database.execute("SELECT site, code FROM excluded WHERE run = ?", (run,)))
+        finished = self._database.execute("SELECT max(number) FROM rounds WHERE run = ?", (run,)).fetchone()[0]
         return Checkpoint(
             run=run,
             begun=begun,

@@ -57,7 +57,8 @@ _EVENTS: Final = (
 )
 _NOT_ADMITTED: Final = "the coordinator does not admit this site's transport key"
 _NO_HANDSHAKE: Final = (
-    "the handshake fails: the coordinator has another transport key than expected, or is no coordinator"
+    "the handshake fails: the coordinator has another transport key than expected, or is no coordinator, or the line "
+    "breaks each time"
 )
 _RIVAL: Final = "another machine is connected with this site's transport key"
 
@@ -455,7 +456,8 @@ class DealerEndpoint(_ZmqEndpoint):
         self._check_open()
         if peer != COORDINATOR:
             raise PeerUnreachable(f"{peer}: a site is connected to the coordinator only")
-        if self._refused:
+        # A handshake that only failed may be a line that broke in it, as others do: it is tried again.
+        if self._refused and (self._silent or "").endswith(_NOT_ADMITTED):
             raise PeerUnreachable(f"{peer}: {self.why_silent()}")
         self._link.queue(frames)
         self._send_all()

@@ -9,8 +9,11 @@ import numpy as np
 import pytest
 import torch
 from support.consortium import Consortium
+from support.faulty_link import Faults, FaultyLink
 from support.federation import INITIAL, PATIENT, Together, expected_model
 
+from secureagg import Coordinator, Outbound
+from secureagg.messages import RoundReceipt
 from sites.coordinator_loop import CoordinatorLoop, RoundRecord
 from sites.errors import ConfigurationError
 from sites.manifest import Policy
@@ -62,7 +65,7 @@ class Restarted(Together):
     """A federation whose coordinator crashes once and is started again; ``records`` are of both processes."""
 
     def __init__(self, folder: Path, install: Callable[[pytest.MonkeyPatch], None], **tables: object) -> None:
-        super().__init__(folder, rounds=ROUNDS, coordinator=self._twice, deadlines=PATIENT, **tables)
+        super().__init__(folder, rounds=ROUNDS, coordinator=self._twice, **{"deadlines": PATIENT, **tables})
         self._install = install
 
     def _twice(self, consortium: Consortium) -> None:
@@ -128,17 +131,91 @@ def test_training_goes_on(
             assert torch.equal(tensor, states[0][key])
 
 
-def test_a_finished_run_is_not_begun_again(tmp_path: Path) -> None:
-    """A coordinator that is started after the end begins a new run from the initial model, in the same log."""
-    first = Together(tmp_path, rounds=1).run()
-    assert first.failure is None
-    second = Together(tmp_path / "again", rounds=1)
-    second.folder = tmp_path
-    second.run()
-    assert second.failure is None
+def test_away_while_it_tells_of_the_end(tmp_path: Path) -> None:
+    """A coordinator that goes away before all sites know that the run is over, and is started again, tells them, and
+    begins no run anew."""
+
+    def install(patch: pytest.MonkeyPatch) -> None:
+        def crashing(_self: CoordinatorLoop, _code: str) -> None:
+            raise Crash
+
+        patch.setattr(CoordinatorLoop, "_say_over", crashing)
+
+    together = Restarted(tmp_path, install).run()
+    assert together.failure is None
+    assert together.errors == {}
+    assert [record.number for record in logged(tmp_path)] == [1, 2, 3, 4, 5]
+    assert len(together.final) == 4
+
+
+def test_a_sum_that_nobody_heard_of(tmp_path: Path) -> None:
+    """Where the sites hold the model, a round whose receipts reach no site is none, even if the coordinator goes away
+    then: the run goes on from the model that they have."""
+    pytest.importorskip("tenseal", reason="the extra `homomorphic` is not installed")
+    lines: list[FaultyLink] = []
+
+    def install(patch: pytest.MonkeyPatch) -> None:
+        real = CoordinatorLoop._deliver
+
+        def cut_off(self: CoordinatorLoop, machine: Coordinator, record: RoundRecord, outbound: list[Outbound]) -> None:
+            if record.number == 2 and any(isinstance(item.message, RoundReceipt) for item in outbound):
+                for line in together.lines.values():
+                    line.down = True
+                    line.cut()
+                lines.extend(together.lines.values())
+            real(self, machine, record, outbound)
+
+        patch.setattr(CoordinatorLoop, "_deliver", cut_off)
+        crash_after("finish", 2)(patch)
+
+    class Reconnected(Restarted):
+        def _once(self, consortium: Consortium) -> None:
+            for line in lines:
+                line.down = False
+            super()._once(consortium)
+
+    deadlines = msgspec.structs.replace(PATIENT, join_seconds=10.0, phase_seconds=3.0)
+    through = dict.fromkeys("abcd", Faults())
+    together = Reconnected(tmp_path, install, policy=HOMOMORPHIC, through=through, deadlines=deadlines)
+    together.run()
+    assert together.failure is None
+    assert together.errors == {}
     records = logged(tmp_path)
-    assert [record.number for record in records] == [1, 2, 1, 2]
-    assert records[0].run != records[2].run
+    assert [(record.number, record.error) for record in records] == [
+        *[(1, ""), (2, "unconfirmed"), (3, ""), (4, ""), (5, "")]
+    ]
+    for state in together.final.values():
+        for tensor in state.values():
+            np.testing.assert_allclose(tensor.numpy(), expected_model(["abcd"] * 3), atol=10 * STEP)
+
+
+@pytest.mark.parametrize("policy", [POLICY, HOMOMORPHIC], ids=["masked", "homomorphic"])
+def test_a_finished_run_is_not_begun_again(tmp_path: Path, policy: Policy) -> None:
+    """A coordinator that is started after the end trains nothing: it tells the sites that come, who may have missed it,
+    that the run is over, and they have its model."""
+    if policy is HOMOMORPHIC:
+        pytest.importorskip("tenseal", reason="the extra `homomorphic` is not installed")
+    together = Together(tmp_path, rounds=1, policy=policy).run()
+    first = {name: state["weight"] for name, state in together.final.items()}
+    together.final.clear()
+    together.run()
+    assert together.failure is None
+    assert together.errors == {}
+    assert [record.number for record in logged(tmp_path)] == [1, 2]
+    assert any("is over" in text for text in together.said)
+    assert together.final.keys() == first.keys() == set("abcd")
+    for name, state in together.final.items():
+        assert torch.equal(state["weight"], first[name])
+
+
+def test_a_new_run_after_the_end(tmp_path: Path) -> None:
+    """Only asked for is another run begun, from the initial model, in the same log."""
+    together = Together(tmp_path, rounds=1).run()
+    together.new_run = True
+    together.run()
+    assert together.failure is None
+    assert [record.number for record in together.records] == [1, 2, 1, 2]
+    assert together.records[0].run != together.records[2].run
 
 
 def test_a_damaged_model_ends_the_start(tmp_path: Path) -> None:

@@ -93,6 +93,24 @@ def test_a_run_that_is_over_is_not_gone_on_with(store: RunStore) -> None:
     assert store.unfinished(MANIFEST) is None
 
 
+def test_how_the_last_run_ended(store: RunStore, tmp_path: Path) -> None:
+    """It is found once it is over, with its model, under its manifest and the next one only; and not while another run
+    is on."""
+    store.start("run", MANIFEST, START)
+    assert store.finished(MANIFEST) is None
+    store.begin("run", 1)
+    store.finish("run", 1, b"one", model(1))
+    store.end("run", "finished")
+    store = again(store, tmp_path)
+    for manifest in (MANIFEST, Rules(b"second", follows=b"first")):
+        found = store.finished(manifest)
+        assert (found.run, found.begun, found.model) == ("run", 1, model(1))
+    assert store.finished(Rules(b"third", follows=b"second")) is None
+    store.start("another", MANIFEST, START)
+    assert store.finished(MANIFEST) is None
+    store.close()
+
+
 def test_a_run_goes_on_under_the_next_revision(store: RunStore, tmp_path: Path) -> None:
     """The next revision of the manifest takes over, and the one after that from there; the old one is out then."""
     store.start("run", MANIFEST, START)

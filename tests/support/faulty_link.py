@@ -45,7 +45,8 @@ def slow_and_lossy(seed: int, *, cuts: tuple[int, ...] = ()) -> Faults:
 
 class FaultyLink:
     """Listens at ``address`` and carries what comes to ``target`` ("tcp://host:port") and back; ``connections``: how
-    many the site has opened; ``carried``: the site's bytes; ``lost``: segments that were lost, in imitation."""
+    many the site has opened; ``carried``: the site's bytes; ``lost``: segments that were lost, in imitation; ``down``:
+    whether new connections are refused for now."""
 
     def __init__(self, target: str, faults: Faults) -> None:
         host, port = target.removeprefix("tcp://").rsplit(":", 1)
@@ -59,6 +60,7 @@ class FaultyLink:
         self._listener = socket.create_server(("127.0.0.1", 0))
         self.address = f"tcp://127.0.0.1:{self._listener.getsockname()[1]}"
         self.connections = self.carried = self.lost = 0
+        self.down = False
         self._open: set[socket.socket] = set()
         self._lock = threading.Lock()
         self._closed = False
@@ -94,6 +96,9 @@ class FaultyLink:
                 site, _ = self._listener.accept()
             except OSError:
                 return
+            if self.down:
+                site.close()
+                continue
             self.connections += 1
             try:
                 coordinator = socket.create_connection(self._target, timeout=5)

@@ -170,6 +170,7 @@ class Together:
         self._through = dict(through or {})
         self.lines: dict[str, FaultyLink] = {}
         self.patience = 120.0  # seconds for each program to end
+        self.new_run = False
         self._coordinate = coordinator or self._run_coordinator
         self._report = report
         self.records: list[RoundRecord] = []
@@ -213,6 +214,7 @@ class Together:
                 endpoint=endpoint,
                 initial=self._initial,
                 state=self.folder / "state",
+                new_run=self.new_run,
                 report=report,
                 notify=self.said.append,
             ).run()

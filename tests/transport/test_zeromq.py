@@ -12,6 +12,7 @@ from contextlib import ExitStack, contextmanager, suppress
 
 import pytest
 import zmq
+from support.faulty_link import Faults, FaultyLink
 from support.pumping import arrival
 from zmq.utils import z85
 from zmq.utils.monitor import parse_monitor_message
@@ -176,6 +177,19 @@ def test_wrong_server_key(hospital):
     begin = time.monotonic()
     site.close()
     assert time.monotonic() - begin < 1.0
+
+
+def test_lines_that_break_in_the_handshake(hospital):
+    """They cost time only: what was sent before and after such a failure arrives once the line holds."""
+    coordinator = hospital.listen()
+    with FaultyLink(coordinator.address, Faults(cuts=(100, 200))) as line:
+        site = hospital.connect(line.address, ANNA)
+        site.send(COORDINATOR, [b"before"])
+        assert "handshake fails" in silence(site, "handshake fails")
+        site.send(COORDINATOR, [b"after"])
+        for expected in (b"before", b"after"):
+            assert arrival(coordinator, site) == Delivery(ANNA, (expected,))
+        assert line.connections == 3
 
 
 def test_the_name_comes_from_the_key(hospital):
