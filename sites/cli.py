@@ -70,6 +70,7 @@ class Data(StrEnum):
 
     HEART = "heart"
     XRAY = "xray"
+    PHANTOM = "phantom"
 
 
 def main() -> NoReturn:
@@ -415,7 +416,7 @@ def demo(
     ] = None,
     epsilon: Annotated[
         float | None,
-        typer.Option(help="Each hospital's privacy budget, over all rounds; by default 1 for heart, 8 for xray."),
+        typer.Option(help="Each hospital's privacy budget, over all rounds; by default 1 for heart, else 8."),
     ] = None,
     mode: Annotated[
         Mode,
@@ -441,7 +442,7 @@ def demo(
     ] = None,
 ) -> None:
     """Watch hospitals train one model under differential privacy, each in a process of its own: four real ones on heart
-    data, or seven on X-rays."""
+    data, seven on X-rays, or four made-up ones on phantoms."""
     from sites.demo import run_demo  # noqa: PLC0415
     from sites.demo_data import demo_data  # noqa: PLC0415
 

@@ -1,4 +1,5 @@
-"""What `secureagg demo` can train on: four hospitals' heart data, or X-rays as the DICOM studies of seven hospitals.
+"""What `secureagg demo` can train on: four hospitals' heart data, X-rays as the DICOM studies of seven hospitals, or
+made-up studies of four.
 
 The recipes for X-rays are also what `python -m benchmarks xray` measures; docs/dicom.md says how they were chosen.
 """
@@ -12,9 +13,10 @@ import msgspec
 import torch
 
 from sites.config import DicomData, HeartData, OwnData
-from sites.datasets.dicom import ImagePlan, build_cache, index_folder, load_labels
+from sites.datasets.dicom import ImagePlan, Target, build_cache, index_folder, load_labels
 from sites.datasets.dicom.training import ImageDataset
 from sites.datasets.heart import HOSPITALS, load_hospitals
+from sites.datasets.phantoms import PhantomPlan, write_phantoms
 from sites.errors import ConfigurationError
 from sites.manifest import Encoding, Images, Privacy, Training
 from sites.models import initial_image_model
@@ -41,6 +43,15 @@ XRAY_PLAN: Final = ImagePlan(
 )
 # Few parameters and a convex loss: under differential privacy it does better than a convolutional network.
 XRAY_IMAGES: Final = Images(model="filter-bank", plan=XRAY_PLAN, targets=[FINDING])
+PHANTOM_PATIENTS: Final = 150  # of each hospital
+PHANTOM_IMAGES: Final = Images(
+    model="filter-bank",
+    # None held out: the models are compared on another hospital.
+    plan=ImagePlan(
+        shape=(32, 32), hu_width=500.0, images_per_patient=3, held_out=0.0, modalities=("CT",), mean=0.5, deviation=0.25
+    ),
+    targets=[Target("disease", "classification", ("no", "yes"))],
+)
 XRAY_PRIVACY: Final = Privacy(mode="shared", epsilon=8.0, delta=1e-4, clip_norm=8.0)
 EVERYBODY: Final = 1_000_000  # as batch size: all patients of a site are in each step
 XRAY_TRAINING: Final[Mapping[str, Training]] = {
@@ -160,33 +171,30 @@ class HeartDemo(DemoData):
         )
 
 
-class XrayDemo(DemoData):
-    """PneumoniaMNIST as the DICOM studies of seven hospitals; the 624 test images are studies of nobody's."""
+class StudiesDemo(DemoData):
+    """Folders of DICOM studies, one for each hospital and one whose patients are nobody's."""
 
-    name, title, sites = "xray", "Seven hospitals", XRAY_HOSPITALS
-    tested_on = "test images, which are no hospital's"
     noise: Mapping[str, Any] = {"max_dropouts": 1, "sampling_rate": 1.0}
+    images: Images
+    tested: str  # the folder of studies that is nobody's
 
-    def __init__(self, npz: Path) -> None:
-        self._parts = load_xrays(npz)
-
-    def recipe(self, mode: str) -> tuple[Training, Privacy]:
-        """See ``DemoData``."""
-        return xray_recipe(mode)
+    @abstractmethod
+    def write(self, folder: Path) -> None:
+        """Write the studies: `images` and `labels.csv` in a folder of ``folder`` for each hospital and ``tested``."""
 
     def tables(self, mode: str) -> Tables:
         """See ``DemoData``."""
         del mode
-        return {"images": XRAY_IMAGES, "encoding": XRAY_ENCODING}
+        return {"images": self.images, "encoding": XRAY_ENCODING}
 
     def initial(self, mode: str) -> bytes:
         """See ``DemoData``."""
         del mode
-        return initial_image_model(XRAY_IMAGES)
+        return initial_image_model(self.images)
 
     def prepare(self, folder: Path) -> dict[str, OwnData]:
         """See ``DemoData``."""
-        write_hospitals(self._parts, folder / "studies")
+        self.write(folder / "studies")
         # Relative to each SITE.toml, so that the folder can be moved.
         places = {name: f"../studies/{name}" for name in self.sites}
         return {
@@ -197,22 +205,69 @@ class XrayDemo(DemoData):
     def test(self, folder: Path, found: Mapping[str, SiteData]) -> Examples:
         """See ``DemoData``."""
         del found
-        studies, state = folder / "studies" / TEST, folder / TEST
+        studies, state = folder / "studies" / self.tested, folder / TEST
         index = index_folder(studies / IMAGES_FOLDER, state)
-        labels = load_labels(studies / LABELS_FILE, (FINDING,), index)
-        plan = msgspec.structs.replace(XRAY_PLAN, held_out=0.0)
-        build_cache(index, plan, state / CACHE, labels=labels)
+        labels = load_labels(studies / LABELS_FILE, tuple(self.images.targets), index)
+        build_cache(index, msgspec.structs.replace(self.images.plan, held_out=0.0), state / CACHE, labels=labels)
         return ImageDataset(state / CACHE).examples()
+
+
+class XrayDemo(StudiesDemo):
+    """PneumoniaMNIST as the DICOM studies of seven hospitals; the 624 test images are studies of nobody's."""
+
+    name, title, sites = "xray", "Seven hospitals", XRAY_HOSPITALS
+    tested_on = "test images, which are no hospital's"
+    images, tested = XRAY_IMAGES, TEST
+
+    def __init__(self, npz: Path) -> None:
+        self._parts = load_xrays(npz)
+
+    def recipe(self, mode: str) -> tuple[Training, Privacy]:
+        """See ``DemoData``."""
+        return xray_recipe(mode)
+
+    def write(self, folder: Path) -> None:
+        """See ``StudiesDemo``."""
+        write_hospitals(self._parts, folder)
+
+
+class PhantomDemo(StudiesDemo):
+    """Made-up hospitals that anybody can have: four with scanners of their own, and a fifth that the models are tested
+    on."""
+
+    name, title = "phantom", "Four made-up hospitals"
+    sites = tuple(f"hospital-{number}" for number in range(1, 5))
+    tested_on, tested = "images of a fifth hospital, which takes no part", "hospital-5"
+    images = PHANTOM_IMAGES
+
+    def recipe(self, mode: str) -> tuple[Training, Privacy]:
+        """See ``DemoData``."""
+        training, privacy = xray_recipe(mode)
+        if mode == "site":
+            return training, privacy
+        batch = len(self.sites) * PHANTOM_PATIENTS if mode == "shared" else EVERYBODY
+        rate = 0.005 if mode == "none" else 0.01
+        return msgspec.structs.replace(
+            training, server_optimizer="average", learning_rate=rate, batch_size=batch
+        ), privacy
+
+    def write(self, folder: Path) -> None:
+        """See ``StudiesDemo``."""
+        write_phantoms(
+            folder, PhantomPlan(sites=len(self.sites) + 1, patients=PHANTOM_PATIENTS, disease=2.0, site_effect=0.5)
+        )
 
 
 def demo_data(name: str, *, folder: Path | None = None, npz: Path | None = None) -> DemoData:
     """The data of this name; ConfigurationError for options that are not its own, DatasetError for missing files."""
+    if npz is not None and name != "xray":
+        raise ConfigurationError("demo: --npz is for --data xray")
+    if folder is not None and name != "heart":
+        raise ConfigurationError("demo: --data-folder is for --data heart")
     if name == "heart":
-        if npz is not None:
-            raise ConfigurationError("demo: --npz is for --data xray")
         return HeartDemo(folder)
-    if npz is None or folder is not None:
-        raise ConfigurationError(
-            "demo: --data xray needs --npz with MedMNIST's pneumoniamnist.npz, and no other folder"
-        )
+    if name == "phantom":
+        return PhantomDemo()
+    if npz is None:
+        raise ConfigurationError("demo: --data xray needs --npz with MedMNIST's pneumoniamnist.npz")
     return XrayDemo(npz)

@@ -3,7 +3,8 @@
 import pytest
 from support.xray_studies import write_npz
 
-from sites.demo_data import XRAY_IMAGES, HeartDemo, XrayDemo, demo_data
+from sites import demo_data as demo_data_module
+from sites.demo_data import XRAY_IMAGES, HeartDemo, PhantomDemo, XrayDemo, demo_data
 from sites.errors import ConfigurationError, DatasetError
 from sites.model_state import ModelSpec
 
@@ -20,9 +21,12 @@ def test_the_data_of_a_name(npz, tmp_path):
     assert isinstance(demo_data("xray", npz=npz), XrayDemo)
     with pytest.raises(ConfigurationError, match="--npz is for --data xray"):
         demo_data("heart", npz=npz)
-    for options in ({}, {"npz": npz, "folder": tmp_path}):
-        with pytest.raises(ConfigurationError, match="--data xray needs --npz"):
-            demo_data("xray", **options)
+    assert isinstance(demo_data("phantom"), PhantomDemo)
+    with pytest.raises(ConfigurationError, match="--data xray needs --npz"):
+        demo_data("xray")
+    for name, options in (("xray", {"npz": npz}), ("phantom", {})):
+        with pytest.raises(ConfigurationError, match="--data-folder is for --data heart"):
+            demo_data(name, folder=tmp_path, **options)
     with pytest.raises(DatasetError, match=r"none\.npz"):
         demo_data("xray", npz=tmp_path / "none.npz")
 
@@ -30,7 +34,7 @@ def test_the_data_of_a_name(npz, tmp_path):
 @pytest.mark.parametrize("mode", ["none", "local", "shared", "site"])
 def test_recipes(npz, mode):
     """Every mode has a recipe of its own name, with the unit that goes with it, and a model to start from."""
-    for data in (HeartDemo(), XrayDemo(npz)):
+    for data in (HeartDemo(), XrayDemo(npz), PhantomDemo()):
         training, privacy = data.recipe(mode)
         assert (privacy.mode, privacy.unit) == (mode, "site" if mode == "site" else "patient")
         assert training.local_steps == 1 or mode != "shared"
@@ -47,3 +51,17 @@ def test_studies_of_all(npz, tmp_path):
         assert (tmp_path / name / data.labels).resolve().exists()
     assert "studies/test" not in repr(found)
     assert (tmp_path / "studies" / "test" / "labels.csv").exists()
+
+
+def test_phantoms_of_all(tmp_path, monkeypatch):
+    """Four made-up hospitals have studies and labels of their own, and the fifth, which nobody trains on, is tested
+    on."""
+    monkeypatch.setattr(demo_data_module, "PHANTOM_PATIENTS", 2)
+    demo = PhantomDemo()
+    found = demo.prepare(tmp_path)
+    assert list(found) == ["hospital-1", "hospital-2", "hospital-3", "hospital-4"]
+    for name, data in found.items():
+        assert len(list((tmp_path / name / data.folder).resolve().glob("*/*"))) == 2 * 3
+        assert (tmp_path / name / data.labels).resolve().exists()
+    assert "hospital-5" not in repr(found)
+    assert len(demo.test(tmp_path, {}).features) == 2 * 3
