@@ -94,7 +94,10 @@ def test_a_machine_fails(tmp_path, message: type[ToCoordinator], phase: str, in_
 
 @pytest.mark.parametrize(
     ("message", "phase", "in_the_sum"),
-    [(SparseInput, "CollectingMaskedInputs", False), (Acknowledgement, "CheckingConsistency", True)],
+    [
+        (SparseInput, "CollectingMaskedInputs", False),
+        pytest.param(Acknowledgement, "CheckingConsistency", True, marks=pytest.mark.slow),
+    ],
 )
 def test_a_machine_fails_on_the_sparse_graph(
     tmp_path, message: type[ToCoordinator], phase: str, in_the_sum: bool

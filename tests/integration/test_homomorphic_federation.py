@@ -67,7 +67,7 @@ def test_everybody_finishes(tmp_path: Path, policy: msgspec.Struct) -> None:
 @pytest.mark.parametrize(
     ("message", "phase"),
     [
-        (UnmaskShares, "Unmasking"),
+        pytest.param(UnmaskShares, "Unmasking", marks=pytest.mark.slow),
         (AggregateSignature, "Decrypting"),
         (AggregateReport, "Opening"),
         (KeyRelease, "Opening"),

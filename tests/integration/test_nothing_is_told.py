@@ -163,7 +163,7 @@ needs_tenseal = pytest.mark.skipif(find_spec("tenseal") is None, reason="the ext
     [
         (recipe.POLICY, "dies"),
         (recipe.POLICY, "spoils"),
-        pytest.param(recipe.HOMOMORPHIC, "dies", marks=needs_tenseal),
+        pytest.param(recipe.HOMOMORPHIC, "dies", marks=[needs_tenseal, pytest.mark.slow]),
     ],
 )
 def test_no_marker_is_elsewhere(

@@ -174,7 +174,7 @@ def test_a_sum_that_nobody_heard_of(tmp_path: Path) -> None:
                 line.down = False
             super()._once(consortium)
 
-    deadlines = msgspec.structs.replace(PATIENT, join_seconds=10.0, phase_seconds=3.0)
+    deadlines = msgspec.structs.replace(PATIENT, join_seconds=40.0, phase_seconds=3.0)
     through = dict.fromkeys("abcd", Faults())
     together = Reconnected(tmp_path, install, policy=HOMOMORPHIC, through=through, deadlines=deadlines)
     together.run()
