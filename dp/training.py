@@ -146,16 +146,14 @@ def train_private(
             f"training: {plan.steps} steps at sampling rate {plan.sampling_rate:.4g}, booked were {event.steps} at "
             f"{event.sampling_rate:.4g}"
         )
-    views = None if augmentation is None else augmentation.counts(targets)
-    most_views = 1 if views is None else int(views.max(initial=1))
-    rows_of_patient = _rows_of_patient(
+    rows_of_patient, views = _rows_of_patient(
         features,
         targets,
         patients,
         clip_norm=clip_norm,
         most=max_rows_per_patient,
-        most_views=most_views,
         most_of_batch=max_batch_rows,
+        augmentation=augmentation,
     )
     model.train()
     refuse_layers(model)
@@ -213,16 +211,14 @@ def clipped_gradient_sum(
     """
     if not 0 < sampling_rate <= 1:
         raise UnsupportedEvent(f"training: found sampling rate {sampling_rate}, expected above 0 and at most 1")
-    views = None if augmentation is None else augmentation.counts(targets)
-    most_views = 1 if views is None else int(views.max(initial=1))
-    rows_of_patient = _rows_of_patient(
+    rows_of_patient, views = _rows_of_patient(
         features,
         targets,
         patients,
         clip_norm=clip_norm,
         most=max_rows_per_patient,
-        most_views=most_views,
         most_of_batch=max_batch_rows,
+        augmentation=augmentation,
     )
     model.train()
     refuse_layers(model)
@@ -291,11 +287,13 @@ def _rows_of_patient(
     *,
     clip_norm: float,
     most: int,
-    most_views: int,
     most_of_batch: int,
-) -> list[npt.NDArray[np.int64]]:
-    """The rows of each patient, patients in the order in which they first appear; UnsupportedEvent for numbers that are
-    no bounds and data that does not fit together."""
+    augmentation: Augmentation | None,
+) -> tuple[list[npt.NDArray[np.int64]], npt.NDArray[np.int64] | None]:
+    """The rows of each patient, patients in the order in which they first appear, and how many views each row has, None
+    for one each; UnsupportedEvent for numbers that are no bounds and data that does not fit together."""
+    views = None if augmentation is None else augmentation.counts(targets)
+    most_views = 1 if views is None else int(views.max(initial=1))
     if not (math.isfinite(clip_norm) and clip_norm > 0):
         raise UnsupportedEvent(f"training: found clip norm {clip_norm}, expected a finite number above 0")
     if not 1 <= most <= most * most_views <= most_of_batch:
@@ -312,7 +310,7 @@ def _rows_of_patient(
     rows: dict[Hashable, list[int]] = {}
     for row, patient in enumerate(patients):
         rows.setdefault(patient, []).append(row)
-    return [np.array(of_one, dtype=np.int64) for of_one in rows.values()]
+    return [np.array(of_one, dtype=np.int64) for of_one in rows.values()], views
 
 
 def _sample(

@@ -12,7 +12,6 @@ written is used up before it is sent, and a coordinator that asks again, with an
 """
 
 import logging
-import os
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from itertools import pairwise
@@ -26,7 +25,7 @@ import numpy.typing as npt
 
 from secureagg import Aggregate, Counts, Lane
 from sites.errors import DatasetError
-from sites.files import write_atomic
+from sites.files import PRIVATE_MODE, sync_folder, write_json
 from sites.manifest import NO_LABEL, SEVERAL, Census, Manifest
 
 if TYPE_CHECKING:
@@ -165,7 +164,7 @@ def prepare(site: "OpenSite", counts: Counted) -> Path:
     encode(counts, census_of(site.manifest))
     path = site.state / CONTRIBUTION
     contribution = Contribution(manifest=site.manifest.digest.hex(), counts=counts)
-    write_atomic(path, msgspec.json.format(msgspec.json.encode(contribution)) + b"\n", mode=0o600)
+    write_json(path, contribution, mode=PRIVATE_MODE)
     return path
 
 
@@ -212,11 +211,7 @@ def take_contribution(site: "OpenSite") -> dict[str, npt.NDArray[np.int64]] | No
     # Stops a second sum, over other sites, whose difference to the first would be one site's counts: gone from the
     # disk before anything is sent.
     path.replace(site.state / GIVEN)
-    folder = os.open(site.state, os.O_RDONLY)
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)
+    sync_folder(site.state)
     return inputs
 
 
@@ -280,7 +275,7 @@ def write_table(manifest: Manifest, aggregate: Aggregate, *, run: str, state: Pa
         table = table_of(manifest, aggregate, run=run)
     except DatasetError as error:
         return str(error)
-    write_atomic(state / TABLE, msgspec.json.format(msgspec.json.encode(table)) + b"\n")
+    write_json(state / TABLE, table)
     return f"census of {table.patients:,} patients of {table.sites} sites: {state / TABLE}"
 
 

@@ -130,7 +130,7 @@ class CoordinatorLoop:
         )
         self._model = initial  # empty once only the sites have it
         self._name = self._name_of_initial = model_digest(self._model)
-        self._held_by_sites = manifest.policy.release_to == "sites"
+        self._held_by_sites = manifest.policy.sites_hold_model
         self._receipted: set[SiteId] = set()  # of the current round
         self._up_to_date: set[SiteId] = set()  # who has the model that is named
         self._behind: dict[SiteId, CopyRequest] = {}

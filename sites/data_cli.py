@@ -5,13 +5,12 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
-import msgspec
 import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from sites.errors import DatasetError
-from sites.files import write_atomic
+from sites.files import PRIVATE_MODE, write_atomic, write_json
 
 if TYPE_CHECKING:
     from sites.datasets.dicom.index import Progress as Report
@@ -71,9 +70,9 @@ def inspect(
                 index, labels=found, decode=None if decode_all else decode, workers=pool, progress=report
             )
     if json_file is not None:
-        write_atomic(json_file, msgspec.json.format(msgspec.json.encode(summary)) + b"\n", mode=0o600)
+        write_json(json_file, summary, mode=PRIVATE_MODE)
     if sheet is not None:
-        write_atomic(sheet, contact_sheet(thumbnails), mode=0o600)
+        write_atomic(sheet, contact_sheet(thumbnails), mode=PRIVATE_MODE)
     _print(summary)
 
 

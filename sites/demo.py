@@ -29,7 +29,7 @@ from sites.coordinator_loop import RoundRecord
 from sites.demo_data import DemoData
 from sites.errors import ConfigurationError, FederationFailed
 from sites.evaluation import Metrics
-from sites.files import write_atomic
+from sites.files import write_atomic, write_json
 from sites.keys import Keys, generate_keys, save_keys
 from sites.manifest import Manifest
 from sites.programs import DROPPED_EXIT_STATUS, MODEL, SiteSummary, stop_at
@@ -185,7 +185,7 @@ def run_demo(
         ),
     )
     if json_file is not None:
-        write_atomic(json_file, msgspec.json.format(msgspec.json.encode(result)) + b"\n")
+        write_json(json_file, result)
     console.print(_hospital_table(result, data))
     console.print(_metrics_table(result, data, len(test.targets)))
     console.print(

@@ -54,38 +54,20 @@ PHANTOM_IMAGES: Final = Images(
 )
 XRAY_PRIVACY: Final = Privacy(mode="shared", epsilon=8.0, delta=1e-4, clip_norm=8.0)
 EVERYBODY: Final = 1_000_000  # as batch size: all patients of a site are in each step
+_XRAY_STEPS: Final = Training(
+    rounds=40,
+    local_steps=1,
+    batch_size=EVERYBODY,
+    learning_rate=0.05,
+    server_optimizer="momentum",
+    server_learning_rate=1.0,
+)
 XRAY_TRAINING: Final[Mapping[str, Training]] = {
-    "none": Training(
-        rounds=40,
-        local_steps=5,
-        batch_size=EVERYBODY,
-        learning_rate=0.03,
-        server_optimizer="momentum",
-        server_learning_rate=1.0,
-    ),
-    "local": Training(
-        rounds=40,
-        local_steps=1,
-        batch_size=EVERYBODY,
-        learning_rate=0.05,
-        server_optimizer="momentum",
-        server_learning_rate=1.0,
-    ),
-    "shared": Training(
-        rounds=40,
-        local_steps=1,
-        batch_size=1298,
-        learning_rate=0.05,
-        server_optimizer="momentum",
-        server_learning_rate=1.0,
-    ),
-    "site": Training(
-        rounds=2,
-        local_steps=10,
-        batch_size=64,
-        learning_rate=1.0,
-        server_optimizer="average",
-        server_learning_rate=1.0,
+    "none": msgspec.structs.replace(_XRAY_STEPS, local_steps=5, learning_rate=0.03),
+    "local": _XRAY_STEPS,
+    "shared": msgspec.structs.replace(_XRAY_STEPS, batch_size=1298),
+    "site": msgspec.structs.replace(
+        _XRAY_STEPS, rounds=2, local_steps=10, batch_size=64, learning_rate=1.0, server_optimizer="average"
     ),
 }
 XRAY_ENCODING: Final[Encoding] = msgspec.structs.replace(ENCODING, value_range=4.0)

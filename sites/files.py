@@ -6,6 +6,8 @@ import stat
 from pathlib import Path
 from typing import Final
 
+import msgspec
+
 from sites.errors import ConfigurationError, KeyFileError
 
 PRIVATE_MODE: Final = 0o600
@@ -28,13 +30,23 @@ def write_atomic(path: Path, data: bytes, *, mode: int = 0o644, durable: bool = 
             temporary.unlink(missing_ok=True)
             raise
         if durable:
-            folder = os.open(path.parent, os.O_RDONLY)
-            try:
-                os.fsync(folder)
-            finally:
-                os.close(folder)
+            sync_folder(path.parent)
     except OSError as error:
         raise ConfigurationError(f"{path}: cannot be written: {error.strerror}") from error
+
+
+def write_json(path: Path, value: object, *, mode: int = 0o644) -> None:
+    """``write_atomic`` of ``value`` as JSON that people can read."""
+    write_atomic(path, msgspec.json.format(msgspec.json.encode(value)) + b"\n", mode=mode)
+
+
+def sync_folder(path: Path) -> None:
+    """Return once it is on disk which files are in a folder, and under what names."""
+    folder = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(folder)
+    finally:
+        os.close(folder)
 
 
 def create_private(path: Path, data: bytes) -> None:

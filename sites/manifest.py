@@ -80,6 +80,11 @@ class Policy(_Table, frozen=True):
     release_to: Release
     threshold: Literal["two-thirds"] = "two-thirds"
 
+    @property
+    def sites_hold_model(self) -> bool:
+        """Whether sums are for the sites only, so that the global model is theirs to move."""
+        return self.release_to == "sites"
+
     def thresholds(self, cohort_size: int, *, at_least: int = 0) -> ThresholdOptions:
         """What ``RoundParameters.create`` is to be given for a cohort of this size: these numbers, and more survivors
         where its graph enforces more, or where shared noise needs ``at_least`` so many.
@@ -298,21 +303,17 @@ class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
             raise ManifestError(f"manifest of {self.consortium.name}: does not list {', '.join(sorted(unknown))}")
         named = {str(card.site): card for card in cards}
         kept = [entry.card for entry in self.sites if entry.name not in {*revoke, *named}]
-        tables = {
-            name: getattr(self, name)
-            for name in self.__struct_fields__
-            if name not in ("coordinator", "sites", "signatures", "consortium")
-        }
+        changed = ("coordinator", "sites", "signatures", "consortium")
+        tables = {name: getattr(self, name) for name in self.__struct_fields__ if name not in changed}
         consortium = msgspec.structs.replace(
             self.consortium, revision=self.consortium.revision + 1, follows=self.digest.hex()
         )
-        tables = {name: table for name, table in tables.items() if table is not msgspec.UNSET}
         return self.create(
             coordinator=self.coordinator.card,
             address=self.coordinator.address,
             cards=[*kept, *named.values()],
             consortium=consortium,
-            **tables,
+            **{name: table for name, table in tables.items() if table is not msgspec.UNSET},
         )
 
     @cached_property

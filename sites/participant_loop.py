@@ -538,7 +538,7 @@ class _Session:
 
     def _model_of(self, start: StartRound) -> tuple[npt.NDArray[np.float32] | None, bytes]:
         """The global model that a round is about, None if this site has not got it, and its digest or name."""
-        if self.site.manifest.policy.release_to == "coordinator":
+        if not self.site.manifest.policy.sites_hold_model:
             who = f"global model of round {start.round_number}"
             return self.spec.from_bytes(start.payload, who=who), model_digest(start.payload)
         held = self._held
@@ -548,7 +548,7 @@ class _Session:
 
     def final_vector(self, over: FederationOver) -> npt.NDArray[np.float32]:
         """The final model; FederationFailed where only the others have it."""
-        if self.site.manifest.policy.release_to == "coordinator":
+        if not self.site.manifest.policy.sites_hold_model:
             return self.spec.from_bytes(over.payload, who="final model")
         if self._held.name != over.model_name:
             raise FederationFailed("final model: this site missed the last sum, and the others are gone")
@@ -592,7 +592,7 @@ class _Session:
     def _finish_round(self, phase: ParticipantFinished) -> None:
         aggregate, task = phase.aggregate, self._task
         training = task is not None and task.purpose == "train"
-        if training and aggregate is not None and self.site.manifest.policy.release_to == "sites":
+        if training and aggregate is not None and self.site.manifest.policy.sites_hold_model:
             self._held.move(aggregate)
         if task is not None and task.purpose == "census" and aggregate is not None:
             log.info(

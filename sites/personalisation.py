@@ -15,11 +15,11 @@ from secureagg.identity import Entropy
 from sites.config import OpenSite
 from sites.errors import ConfigurationError
 from sites.evaluation import Metrics, evaluate_scores
-from sites.files import write_atomic
+from sites.files import PRIVATE_MODE, write_atomic
 from sites.manifest import Privacy, Training
 from sites.model_state import State
-from sites.site_data import SiteData, site_data
-from sites.trainer import LocalTrainer, ledger_of, predict
+from sites.site_data import site_data
+from sites.trainer import LocalTrainer, ledger_of
 
 PERSONAL_MODEL: Final = "personal.safetensors"  # in the state folder, readable for the site's user only
 PURPOSE: Final = "personalise"
@@ -50,8 +50,6 @@ def personalise(site: OpenSite, final: State, *, run: str, entropy: Entropy = os
     ledger = None if mode == "none" else ledger_of(site, found.dataset)
     trainer = LocalTrainer(
         name=site.name,
-        model=found.model,
-        data=found.data,
         training=Training(
             rounds=1,
             local_steps=plan.steps,
@@ -68,25 +66,15 @@ def personalise(site: OpenSite, final: State, *, run: str, entropy: Entropy = os
         ),
         ledger=ledger,
         budget=site.budget,
-        loss=found.loss,
-        max_rows_per_patient=found.max_rows_per_patient,
-        augmentation=found.augmentation,
         consortium=site.manifest.consortium.name,
         manifest_sha256=site.manifest.digest.hex(),
         purpose=PURPOSE,
         entropy=entropy,
+        **found.options,
     )
     with closing(trainer):
         result = trainer.train(final, run=f"{PURPOSE} {run}", round_number=1)
     bins = site.manifest.evaluation.histogram_bins
-    write_atomic(site.state / PERSONAL_MODEL, save(dict(result.state)), mode=0o600)
-    return Personalised(
-        before=_metrics(found, final, bins), after=_metrics(found, result.state, bins), epsilon=result.epsilon
-    )
-
-
-def _metrics(found: SiteData, state: State, bins: int) -> Metrics:
-    if found.held_out is None:
-        return Metrics(auc=None, accuracy=None, balanced_accuracy=None)
-    scores = predict(found.model, state, found.held_out.features, output=found.scored)
-    return evaluate_scores(scores, found.held_out.targets.numpy(), bins)
+    write_atomic(site.state / PERSONAL_MODEL, save(dict(result.state)), mode=PRIVATE_MODE)
+    before, after = (evaluate_scores(*trainer.evaluate(state), bins) for state in (final, result.state))
+    return Personalised(before=before, after=after, epsilon=result.epsilon)

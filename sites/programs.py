@@ -10,8 +10,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Final
 
-import msgspec
-
 from secureagg import codec as round_codec
 from secureagg.coordinator import MESSAGE_OF_PHASE
 from secureagg.homomorphic import check_installed
@@ -21,7 +19,7 @@ from sites.config import OpenSite, open_site
 from sites.coordinator_loop import CoordinatorLoop, RoundRecord
 from sites.datasets.dicom.cache import CARD_FILE, PARTS
 from sites.errors import ConfigurationError
-from sites.files import write_atomic
+from sites.files import write_atomic, write_json
 from sites.keys import load_keys
 from sites.manifest import Manifest
 from sites.model_state import State, model_digest
@@ -148,7 +146,7 @@ def _number(value: float | None) -> str:
 
 
 def _write_summary(site: OpenSite, summary: SiteSummary) -> None:
-    write_atomic(site.state / "summary.json", msgspec.json.format(msgspec.json.encode(summary)) + b"\n")
+    write_json(site.state / "summary.json", summary)
 
 
 def _run_site(

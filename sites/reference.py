@@ -20,8 +20,8 @@ from sites.evaluation import Metrics, evaluate_scores
 from sites.manifest import Privacy, Training
 from sites.model_state import ModelSpec, State
 from sites.server_optimizer import ServerOptimizer
-from sites.site_data import SiteData, through
-from sites.trainer import Examples, LocalTrainer, binary_loss, fingerprint, heart_model, predict
+from sites.site_data import SiteData, heart_data, through
+from sites.trainer import Examples, LocalTrainer, fingerprint, predict
 
 
 def pool(hospitals: Iterable[Hospital]) -> Hospital:
@@ -48,17 +48,6 @@ def pool_sites(found: Mapping[str, SiteData]) -> SiteData:
     return replace(several[0][1], dataset="pooled", data=data, held_out=None)
 
 
-def heart_site(hospital: Hospital) -> SiteData:
-    """A heart hospital as a site has it."""
-    return SiteData(
-        dataset=hospital.name,
-        model=heart_model(),
-        loss=binary_loss,
-        data=Examples.of_hospital(hospital),
-        held_out=Examples.of_hospital(hospital, held_out=True),
-    )
-
-
 def throwaway_ledger(data: Hospital, folder: Path) -> Ledger:
     """A ledger for ``data`` in a temporary folder, under an identity that nobody keeps."""
     identity = Identity.generate()
@@ -68,7 +57,7 @@ def throwaway_ledger(data: Hospital, folder: Path) -> Ledger:
 
 def evaluate_heart(state: State, test: Hospital, bins: int) -> Metrics:
     """The metrics of a state of the heart model on the held-out patients of ``test``."""
-    return evaluate(heart_site(test), state, Examples.of_hospital(test, held_out=True), bins)
+    return evaluate(heart_data(test), state, Examples.of_hospital(test, held_out=True), bins)
 
 
 def evaluate(found: SiteData, state: State, test: Examples, bins: int) -> Metrics:
@@ -81,7 +70,7 @@ def train_alone(
     data: Hospital, *, test: Hospital, training: Training, privacy: Privacy, bins: int, entropy: Entropy = os.urandom
 ) -> Metrics:
     """The metrics, on the held-out patients of ``test``, of a model trained on ``data`` alone by the same recipe."""
-    found, held_out = heart_site(data), Examples.of_hospital(test, held_out=True)
+    found, held_out = heart_data(data), Examples.of_hospital(test, held_out=True)
     return evaluate(found, state_alone(found, training=training, privacy=privacy, entropy=entropy), held_out, bins)
 
 
@@ -98,16 +87,7 @@ def state_alone(found: SiteData, *, training: Training, privacy: Privacy, entrop
                 Path(folder) / "alone.sqlite", dataset=found.dataset, site="alone", signer=Identity.generate()
             )
         trainer = LocalTrainer(
-            name="alone",
-            model=model,
-            data=found.data,
-            training=training,
-            privacy=privacy,
-            ledger=ledger,
-            loss=found.loss,
-            max_rows_per_patient=found.max_rows_per_patient,
-            augmentation=found.augmentation,
-            entropy=entropy,
+            name="alone", training=training, privacy=privacy, ledger=ledger, entropy=entropy, **found.options
         )
         for number in range(1, training.rounds + 1):
             result = trainer.train(spec.restore(server.vector), run="alone", round_number=number)

@@ -33,7 +33,7 @@ def transport_limits(manifest: Manifest, *, memory_bytes: int = MEMORY_BYTES) ->
     they hold it, with two vectors that the server optimizer remembers, and give it to each other."""
     names = sum(2000 + len(tensor.name) for tensor in manifest.model.tensors)
     model = 4 * model_spec(manifest).length + names
-    if manifest.policy.release_to == "sites":
+    if manifest.policy.sites_hold_model:
         most = 3 * model + _BESIDE_THE_MODEL
         return Limits(message_bytes=most, to_site_bytes=most, memory_bytes=memory_bytes)
     return Limits(to_site_bytes=model + _BESIDE_THE_MODEL, memory_bytes=memory_bytes)

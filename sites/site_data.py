@@ -26,7 +26,7 @@ from sites.manifest import OTHERS, Images
 from sites.model_state import ModelSpec
 from sites.models import RandomShift, image_model, without_front
 from sites.rounds import model_spec
-from sites.trainer import DATASET_LABEL, Examples, binary_loss, fingerprint, heart_model
+from sites.trainer import DATASET_LABEL, Examples, LearningOptions, binary_loss, fingerprint, heart_model
 
 CACHE: Final = "images.cache"  # in the state folder
 COLLECTION: Final = b"DICOM collection:"
@@ -48,19 +48,36 @@ class SiteData:
     augmentation: Augmentation | None = None
     front: nn.Module | None = None
 
+    @property
+    def options(self) -> LearningOptions:
+        """What a trainer of these rows is given."""
+        return {
+            "model": self.model,
+            "data": self.data,
+            "loss": self.loss,
+            "held_out": self.held_out,
+            "scored": self.scored,
+            "max_rows_per_patient": self.max_rows_per_patient,
+            "augmentation": self.augmentation,
+        }
+
 
 def site_data(site: OpenSite) -> SiteData:
     """The data that a site's configuration names; ConfigurationError or DatasetError if it names none."""
     data = site.config.data
     if isinstance(data, DicomData):
         return _image_data(site, data)
-    hospital = hospital_of(site)
-    examples = Examples.of_hospital(hospital)
+    found = heart_data(hospital_of(site))
+    return replace(found, dataset=fingerprint(found.data, site.keys.identity))
+
+
+def heart_data(hospital: Hospital) -> SiteData:
+    """A heart hospital's rows, called by its name."""
     return SiteData(
-        dataset=fingerprint(examples, site.keys.identity),
+        dataset=hospital.name,
         model=heart_model(),
         loss=binary_loss,
-        data=examples,
+        data=Examples.of_hospital(hospital),
         held_out=Examples.of_hospital(hospital, held_out=True),
     )
 

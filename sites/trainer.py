@@ -118,6 +118,18 @@ def fingerprint(data: Examples, identity: Identity) -> str:
     return sha256(identity.sign(DATASET_LABEL, sha256(form + b":" + b"".join(rows)).digest())).hexdigest()
 
 
+class LearningOptions(TypedDict):
+    """What a trainer can be given about rows and how they are learnt from."""
+
+    model: nn.Module
+    data: Examples
+    loss: Loss
+    held_out: Examples | None
+    scored: int
+    max_rows_per_patient: int
+    augmentation: Augmentation | None
+
+
 class TrainerOptions(TypedDict, total=False):
     """The arguments of ``Trainer``."""
 
@@ -492,17 +504,7 @@ def trainer_for(site: OpenSite) -> Trainer[Any]:
     from sites.site_data import site_data  # noqa: PLC0415  which is made of what is here
 
     found = site_data(site)
-    return trainer_of(
-        site,
-        found.model,
-        found.data,
-        dataset=found.dataset,
-        loss=found.loss,
-        held_out=found.held_out,
-        scored=found.scored,
-        max_rows_per_patient=found.max_rows_per_patient,
-        augmentation=found.augmentation,
-    )
+    return trainer_of(site, dataset=found.dataset, **found.options)
 
 
 def trainer_of(

@@ -9,16 +9,14 @@ a use of the data under a ledger; `final`, the model it ends with.
 import faulthandler
 import json
 import os
-import resource
 import signal
-import subprocess
 import sys
 import traceback
 from collections.abc import Callable
 from contextlib import suppress
 from hashlib import sha256
 from pathlib import Path
-from typing import Any, NoReturn, Self
+from typing import Any, NoReturn
 
 import numpy as np
 import numpy.typing as npt
@@ -32,9 +30,10 @@ from secureagg.encoding import encode_input
 from secureagg.homomorphic import check_installed
 from sites.config import open_site
 from sites.participant_loop import Federation
-from sites.programs import run_coordinator
+from sites.programs import allow_many_connections, run_coordinator
 from sites.rounds import UPDATE, transport_limits
 from sites.trainer import Examples, heart_model, trainer_of
+from support.fork_server import ForkServer
 from support.killed_site import NOISE, append, hospital
 from transport import connect
 
@@ -130,44 +129,19 @@ def _flat(state: dict[str, torch.Tensor]) -> list[float]:
     return torch.cat([tensor.reshape(-1) for tensor in state.values()]).tolist()
 
 
-class Nursery:
+class Nursery(ForkServer):
     """The process that has loaded everything, and forks the programs; its children end with it."""
 
     def __init__(self) -> None:
-        root = Path(__file__).parents[2]
-        path = os.pathsep.join([str(root), str(root / "tests"), os.environ.get("PYTHONPATH", "")])
-        self._process = subprocess.Popen(
-            [sys.executable, "-m", "support.chaos_programs"],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-            env={**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"},
-        )
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._process.communicate()
-
-    @property
-    def pid(self) -> int:
-        """Its process number."""
-        return self._process.pid
-
-    def _ask(self, *request: object) -> Any:
-        assert self._process.stdin is not None
-        assert self._process.stdout is not None
-        print(json.dumps(request), file=self._process.stdin, flush=True)
-        return json.loads(self._process.stdout.readline())
+        super().__init__("support.chaos_programs", OMP_NUM_THREADS="1")
 
     def start(self, program: str, log: Path, *arguments: object) -> int:
         """Start "coordinate" or "take_part"; its process number.  What it says is added to ``log``."""
-        return int(self._ask("start", program, str(log), *arguments))
+        return int(self.ask("start", program, str(log), *arguments))
 
     def ended(self) -> dict[int, tuple[int, int]]:
         """Process number -> exit status and peak memory in bytes of those that have ended since the last time."""
-        return {int(pid): (status, peak) for pid, (status, peak) in self._ask("ended").items()}
+        return {int(pid): (status, peak) for pid, (status, peak) in self.ask("ended").items()}
 
 
 def _start(program: str, log: str, *arguments: object) -> int:
@@ -192,8 +166,7 @@ def _start(program: str, log: str, *arguments: object) -> int:
 def serve() -> NoReturn:
     """Answer requests, a line of JSON each, until there are no more."""
     torch.set_num_threads(1)
-    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+    allow_many_connections()
     with suppress(Exception):
         check_installed()
     children: set[int] = set()

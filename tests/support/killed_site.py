@@ -9,14 +9,13 @@ import json
 import os
 import signal
 import sqlite3
-import subprocess
 import sys
 from collections.abc import Callable
 from contextlib import closing
 from dataclasses import asdict
 from hashlib import sha256
 from pathlib import Path
-from typing import NoReturn, Self
+from typing import NoReturn
 
 import msgspec
 import numpy as np
@@ -32,6 +31,7 @@ from dp.ledger import Ledger
 from sites import recipe
 from sites.datasets.heart import Hospital
 from sites.trainer import Examples, LocalTrainer, fingerprint, heart_model
+from support.fork_server import ForkServer
 from support.ledgers import EVENT, SITE, open_ledger, release
 
 ROUNDS = (1, 2)
@@ -167,37 +167,19 @@ def fork(program: Callable[[], int]) -> int:
     return child
 
 
-class Server:
+class Server(ForkServer):
     """The process that has loaded torch, and forks the programs."""
 
     def __init__(self) -> None:
-        root = Path(__file__).parents[2]
-        path = os.pathsep.join([str(root), str(root / "tests"), os.environ.get("PYTHONPATH", "")])
-        self._process = subprocess.Popen(
-            [sys.executable, "-m", "support.killed_site"],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-            env={**os.environ, "PYTHONPATH": path},
-        )
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._process.communicate()
-
-    def _ask(self, *request: object) -> object:
-        print(json.dumps(request), file=self._process.stdin, flush=True)
-        return json.loads(self._process.stdout.readline())
+        super().__init__("support.killed_site")
 
     def live(self, folder: Path, last: int | None = None) -> int:
         """Run the site until it ends or dies; its exit status."""
-        return self._ask("live", str(folder), last)
+        return self.ask("live", str(folder), last)
 
     def race(self, path: Path, epsilon: float, processes: int) -> list[int]:
         """See ``race``."""
-        return self._ask("race", str(path), epsilon, processes)
+        return self.ask("race", str(path), epsilon, processes)
 
 
 def serve() -> NoReturn:
