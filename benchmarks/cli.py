@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
+from benchmarks.quotes import documents, updated
 from benchmarks.record import Record
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, rich_markup_mode=None, help=__doc__)
@@ -32,12 +33,14 @@ OVERHEAD = {
     "dp": "A step of patient-level DP-SGD, against plain Opacus and plain PyTorch.",
     "peers": "The same update through Flower, NVFlare, Fed-BioMed and DecLearn (`make bench-peers` installs them).",
 }
+MORE = {
+    "noise": "How fast noise is drawn.",
+    "recipe": "The figures of `secureagg demo`, over seeds.",
+}
 OTHERS = {
     "graph": "A site's and the coordinator's work as the cohort grows, on both graphs.",
-    "noise": "How fast noise is drawn.",
     "transport": "Many sites, bad lines and disturbers.",
     "chaos": "Rounds of real processes that are killed, stopped and cut off.",
-    "recipe": "The demo's figures, over seeds.",
     "utility": "What each privacy mode costs in quality.",
     "dicom": "Indexing, decoding and training on hospital images.",
     "xray": "The X-rays of `secureagg demo --data xray`, over seeds.",
@@ -88,5 +91,17 @@ def everything(full: Full = False, results: Results = None) -> None:
         measured(name, full=full, results=results)
 
 
+for _name, _what in MORE.items():
+    _add(_name, _what)
 for _name, _what in OTHERS.items():
     _add_other(_name, _what)
+
+
+@app.command()
+def quote() -> None:
+    """Bring the figures that README and docs quote up to date with benchmarks/results."""
+    for path in documents():
+        text = path.read_text()
+        if (new := updated(text, path.parent)) != text:
+            path.write_text(new)
+            print(f"changed: {path}")

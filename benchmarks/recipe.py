@@ -1,20 +1,16 @@
-"""How well the heart recipe does: AUC on the pooled held-out patients over many seeds, with and without privacy.
-
-    python -m benchmarks recipe [--seeds 20] [--json recipe.json]
+"""How well the heart recipe does: AUC on the pooled held-out patients over seeds, with and without privacy.
 
 Each run trains with the sites' own trainer (DP-SGD under a ledger) and aggregates through whole rounds of the real
 protocol in process.  Noise, sampling and rounding come from a seeded stream here, so that a run can be repeated.
 """
 
-import argparse
-import json
-import statistics
 import tempfile
 from pathlib import Path
 
 import msgspec
 import numpy as np
 
+from benchmarks.record import Figure, Record
 from secureagg.testing import CountingEntropy, run_round
 from sites.datasets.heart import Hospital, load_hospitals
 from sites.evaluation import Metrics
@@ -25,6 +21,7 @@ from sites.reference import evaluate_heart, pool, throwaway_ledger, train_alone,
 from sites.server_optimizer import ServerOptimizer
 from sites.trainer import Examples, LocalTrainer, heart_model, initial_heart_model
 
+NAMES = {"auc": "AUC", "accuracy": "accuracy", "balanced_accuracy": "balanced accuracy"}
 SPEC = ModelSpec.of_bytes(initial_heart_model(), who="heart model")
 
 
@@ -65,27 +62,12 @@ def federated(hospitals: dict[str, Hospital], privacy: Privacy, seed: int) -> tu
     return evaluate_heart(SPEC.restore(server.vector), test, EVALUATION.histogram_bins), largest
 
 
-def summary(results: list[Metrics]) -> dict[str, dict[str, float]]:
-    """Mean and standard deviation over seeds of each metric."""
-    columns = {name: [getattr(result, name) for result in results] for name in Metrics.__slots__}
-    return {
-        name: {"mean": statistics.fmean(values), "sd": statistics.stdev(values) if len(values) > 1 else 0.0}
-        for name, values in columns.items()
-    }
-
-
-def main() -> None:
-    """Measure and print; with ``--json`` also write."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seeds", type=int, default=20)
-    parser.add_argument("--data-folder", type=Path, help="UCI's original files; without it, the installed copy")
-    parser.add_argument("--json", type=Path)
-    arguments = parser.parse_args()
-
-    hospitals = load_hospitals(arguments.data_folder)
-    test, bins, seeds = pool(hospitals.values()), EVALUATION.histogram_bins, range(arguments.seeds)
-    report: dict[str, object] = {"seeds": arguments.seeds, "delta": PRIVACY.delta}
-    largest = 0.0
+def measure(*, full: bool) -> Record:
+    """20 seeds of each model, or 2."""
+    hospitals = load_hospitals()
+    test, bins, seeds = pool(hospitals.values()), EVALUATION.histogram_bins, range(20 if full else 2)
+    found: dict[str, list[Metrics]] = {}
+    largest = []
     for name, privacy in {
         "federated, epsilon 0.5": msgspec.structs.replace(PRIVACY, epsilon=0.5),
         "federated, epsilon 1": PRIVACY,
@@ -93,24 +75,21 @@ def main() -> None:
         "federated, no privacy": msgspec.structs.replace(PRIVACY, mode="none"),
     }.items():
         runs = [federated(hospitals, privacy, seed) for seed in seeds]
-        report[name] = summary([metrics for metrics, _ in runs])
-        largest = max(largest, *(value for _, value in runs))
+        found[name] = [metrics for metrics, _ in runs]
+        largest += [value for _, value in runs]
     common = {"training": TRAINING, "privacy": PRIVACY, "bins": bins}
-    report["pooled, no privacy"] = summary(
-        [train_pooled(test, sites=len(hospitals), entropy=CountingEntropy(seed), **common) for seed in seeds]
-    )
+    found["pooled, no privacy"] = [
+        train_pooled(test, sites=len(hospitals), entropy=CountingEntropy(seed), **common) for seed in seeds
+    ]
     for name, hospital in hospitals.items():
-        runs_alone = [train_alone(hospital, test=test, entropy=CountingEntropy(seed), **common) for seed in seeds]
-        report[f"{name} alone, epsilon 1"] = summary(runs_alone)
-    report["largest update coordinate"] = largest
-    for name, values in report.items():
-        if isinstance(values, dict):
-            print(f"{name:32}" + "   ".join(f"{m} {v['mean']:.3f} +- {v['sd']:.3f}" for m, v in values.items()))
-        else:
-            print(f"{name:32}{values}")
-    if arguments.json:
-        arguments.json.write_text(json.dumps(report, indent=1) + "\n")
-
-
-if __name__ == "__main__":
-    main()
+        found[f"{name} alone, epsilon 1"] = [
+            train_alone(hospital, test=test, entropy=CountingEntropy(seed), **common) for seed in seeds
+        ]
+    figures = [
+        Figure(NAMES[metric], [getattr(each, metric) for each in results], at={"model": name})
+        for name, results in found.items()
+        for metric in NAMES
+    ]
+    figures.append(Figure("largest update coordinate", [max(largest)]))
+    title = f"The heart recipe, {len(seeds)} seeds, delta {PRIVACY.delta:g}"
+    return Record("recipe", title, figures, full)

@@ -42,6 +42,24 @@ class Figure:
         return statistics.median(self.values)
 
     @property
+    def mean(self) -> float:
+        """Of all repetitions."""
+        return statistics.fmean(self.values)
+
+    @property
+    def deviation(self) -> float:
+        """The standard deviation of the repetitions, which are a sample."""
+        return statistics.stdev(self.values)
+
+    @property
+    def label(self) -> str:
+        """Its name and what it was measured at."""
+        where = ", ".join(
+            f"{value:,} {name}" if isinstance(value, int) else f"{value}" for name, value in self.at.items()
+        )
+        return f"{self.name} ({where})" if where else self.name
+
+    @property
     def met(self) -> bool | None:
         """Whether the median is as wanted, None where nothing is."""
         if not self.wanted or not self.values:
@@ -101,11 +119,11 @@ class Record:
             table.add_column(heading, justify="left" if heading == "figure" else "right")
         for each in self.figures:
             if not each.values:
-                table.add_row(_label(each), each.text, "", each.wanted)
+                table.add_row(each.label, each.text, "", each.wanted)
                 continue
             spread = f"{shown(min(each.values))} to {shown(max(each.values))}" if len(each.values) > 1 else ""
             verdict = {None: "", True: f"{each.wanted}, met", False: f"[bold]{each.wanted}, missed[/bold]"}[each.met]
-            table.add_row(_label(each), f"{shown(each.median)} {each.unit}".strip(), spread, verdict)
+            table.add_row(each.label, f"{shown(each.median)} {each.unit}".strip(), spread, verdict)
         (console or Console()).print(table)
 
 
@@ -126,13 +144,6 @@ def shown(value: float) -> str:
     if abs(value) >= 100:
         return f"{value:,.0f}"
     return f"{value:#.3g}".rstrip(".")
-
-
-def _label(figure: Figure) -> str:
-    where = ", ".join(
-        f"{value:,} {name}" if isinstance(value, int) else f"{value}" for name, value in figure.at.items()
-    )
-    return f"{figure.name} ({where})" if where else figure.name
 
 
 def ratios(numerators: Iterable[float], denominators: Iterable[float]) -> list[float]:

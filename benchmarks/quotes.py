@@ -1,0 +1,105 @@
+"""Figures that documents quote from the committed results, which `python -m benchmarks quote` brings up to date.
+
+A quoted figure is a link whose title says which figure of the JSON it is:
+
+    [6.5](../benchmarks/results/peers.json "Flower / ours, client")                             its median
+    [6.1 to 7.0](../benchmarks/results/peers.json "Flower / ours, client")                      least and most
+    [25 ms](results/round.json "wall time @ system=masked, sites=8")                            one measured at these
+    [0.934 ± 0.005](../benchmarks/results/xray-private.json "columns/shared/AUC")               a path into other JSON
+
+It keeps the unit and the decimals that it is written with.  Between ``<!-- figures: NAME -->`` and
+``<!-- end of figures -->`` stands the table of all figures of ``results/NAME.json``.
+"""
+
+import json
+import re
+from pathlib import Path
+
+from benchmarks.record import RESULTS, ROOT, Record, load, shown
+
+QUOTED = re.compile(r'\[([^\]]+)\]\(([^)\s]+\.json) "([^"]+)"\)')
+TABLE = re.compile(r"(<!-- figures: (\S+) -->\n).*?(<!-- end of figures -->)", re.DOTALL)
+_NUMBER = re.compile(r"\d[\d,]*(?:\.\d+)?")
+_FACTORS = {
+    ("s", "ms"): 1e3,
+    ("s", "minutes"): 1 / 60,
+    ("B", "KB"): 1e-3,
+    ("B", "MB"): 1e-6,
+    ("B", "GB"): 1e-9,
+    ("", "%"): 100.0,
+}
+
+
+def documents() -> list[Path]:
+    """Where figures are quoted."""
+    return sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")])
+
+
+def updated(text: str, folder: Path) -> str:
+    """``text`` of a document in ``folder`` with all quoted figures and tables as the results have them.
+
+    Raises KeyError for a figure that the results do not have, and ValueError for a quotation that says nothing."""
+
+    def quotation(match: re.Match[str]) -> str:
+        words, link, name = match.groups()
+        return f'[{_quoted(words, folder / link, name)}]({link} "{name}")'
+
+    def table(match: re.Match[str]) -> str:
+        return match[1] + markdown(load(RESULTS / f"{match[2]}.json")) + match[3]
+
+    return QUOTED.sub(quotation, TABLE.sub(table, text))
+
+
+def markdown(record: Record) -> str:
+    """A record's table, in a document."""
+    lines = ["| figure | median | least to most | wanted |", "|---|--:|--:|---|"]
+    for each in record.figures:
+        if not each.values:
+            lines.append(f"| {each.label} | {each.text} | | {each.wanted} |")
+            continue
+        spread = f"{shown(min(each.values))} to {shown(max(each.values))}" if len(each.values) > 1 else ""
+        verdict = {None: "", True: f"{each.wanted}: met", False: f"{each.wanted}: **missed**"}[each.met]
+        lines.append(f"| {each.label} | {shown(each.median)} {each.unit}".rstrip() + f" | {spread} | {verdict} |")
+    return "\n".join(lines) + "\n"
+
+
+def _quoted(words: str, path: Path, name: str) -> str:
+    """``words`` with its numbers as the figure has them."""
+    values, unit = _figure(path, name, words)
+    written = re.sub(r"[\d.,±\s]|\bto\b", "", words)
+    factor = _FACTORS.get((unit, written), 1.0)
+    numbers = iter(values)
+    if len(_NUMBER.findall(words)) != len(values):
+        raise ValueError(f"{words!r}: expected {len(values)} numbers for {name!r}")
+
+    def number(match: re.Match[str]) -> str:
+        decimals = len(match[0].partition(".")[2])
+        return f"{next(numbers) * factor:,.{decimals}f}"
+
+    return _NUMBER.sub(number, words)
+
+
+def _figure(path: Path, name: str, words: str) -> tuple[list[float], str]:
+    """The numbers of a figure that ``words`` have room for, and their unit."""
+    content = json.loads(path.read_text())
+    if "figures" not in content:
+        for key in name.split("/"):
+            content = content[int(key)] if isinstance(content, list) else content[key]
+        if isinstance(content, dict):
+            return [content["mean"], content["sd"]][: 2 if "±" in words else 1], ""
+        return [float(content)], ""
+    name, _, where = name.partition(" @ ")
+    wanted = dict(each.split("=") for each in where.split(", ")) if where else {}
+    found = [
+        each
+        for each in load(path).figures
+        if each.name == name and all(str(each.at.get(key)) == value for key, value in wanted.items())
+    ]
+    if len(found) != 1 or not found[0].values:
+        raise KeyError(f"{path.name}: found {len(found)} figures {name!r} at {where!r}, expected one with a value")
+    (figure,) = found
+    if " to " in words:
+        return [min(figure.values), max(figure.values)], figure.unit
+    if "±" in words:
+        return [figure.mean, figure.deviation], figure.unit
+    return [figure.median], figure.unit
