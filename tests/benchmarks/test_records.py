@@ -1,0 +1,138 @@
+"""What is measured is written whole, and what documents quote of it is what was written."""
+
+import io
+import json
+import re
+
+import pytest
+from rich.console import Console
+
+from benchmarks import quotes, record
+from benchmarks.quotes import documents, updated
+from benchmarks.record import Figure, Record, load, shown
+from benchmarks.turns import by_turns
+
+FIGURES = [
+    Figure("time", [3.0, 1.0, 2.0], "s", wanted="<= 2", at={"system": "masked", "sites": 8}),
+    Figure("time", [5.0, 4.0, 6.0], "s", wanted="<= 2", at={"system": "plain", "sites": 8}),
+    Figure("share", [0.25]),
+    Figure("dropouts", text="fails: the round ends"),
+]
+QUOTED = (
+    '[2.0 s](results/some.json "time @ system=masked, sites=8"), [1 to 3](results/some.json "time @ system=masked"), '
+    '[2000 ms](results/some.json "time @ system=masked"), [2.00 ± 1.00 s](results/some.json "time @ system=masked"), '
+    '[25 %](results/some.json "share")'
+).replace("2000", "2,000")
+
+
+@pytest.fixture
+def some(tmp_path):
+    """A record, and the folder that has its JSON in ``results``."""
+    made = Record("some", "Some figures", FIGURES, full=True)
+    made.write(tmp_path / "results")
+    return made
+
+
+def test_every_repetition_is_written(some, tmp_path):
+    """The JSON has all repetitions, where and on what they were measured; reading it gives the record again."""
+    path = tmp_path / "results" / "some.json"
+    content = json.loads(path.read_text())
+    first = content["figures"][0]
+    assert (first["values"], first["median"], first["least"], first["most"]) == ([3.0, 1.0, 2.0], 2.0, 1.0, 3.0)
+    assert first["met"] is True
+    assert content["figures"][1]["met"] is False
+    assert "met" not in content["figures"][2]
+    assert content["machine"]["cores"] >= 1
+    assert content["versions"]["numpy"]
+    assert content["commit"]
+    assert load(path) == some
+
+
+def test_quick_runs_do_not_touch_the_committed_results(monkeypatch, tmp_path):
+    """Without --full, what is written is not what documents quote."""
+    monkeypatch.setattr(record, "RESULTS", tmp_path)
+    monkeypatch.setattr(record, "QUICK_RESULTS", tmp_path / "quick")
+    assert Record("some", "", FIGURES, full=False).write() == tmp_path / "quick" / "some.json"
+    assert Record("some", "", FIGURES, full=True).write() == tmp_path / "some.json"
+
+
+def test_table_says_what_was_missed(some):
+    """A bound that the median does not meet is said to be missed; where there is no number the reason stands."""
+    console = Console(file=io.StringIO(), width=160)
+    some.print(console)
+    printed = console.file.getvalue()
+    assert re.search(r"time \(masked, 8 sites\).*2\.00 s.*1\.00 to 3\.00.*<= 2, met", printed)
+    assert re.search(r"time \(plain, 8 sites\).*<= 2, missed", printed)
+    assert "fails: the round ends" in printed
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [(0, "0"), (1.0, "1.00"), (0.01234, "0.0123"), (123.4, "123"), (12345.6, "12,346"), (3e-9, "3e-09"), (100, "100")],
+)
+def test_shown(value, text):
+    """Three significant digits."""
+    assert shown(value) == text
+
+
+def test_of_wants_one_figure(some):
+    """A figure is found by its name and what it was measured at, and two are none."""
+    assert some.of("time", system="plain").median == 5.0
+    with pytest.raises(KeyError, match="found 2 figures 'time'"):
+        some.of("time", sites=8)
+
+
+def test_turns_go_round():
+    """Functions are called by turns, and the first turn is not counted."""
+    calls = []
+    ticks = iter(range(100))
+    times = by_turns(
+        2, {"a": lambda: calls.append("a"), "b": lambda: calls.append("b")}, clock=lambda: float(next(ticks))
+    )
+    assert calls == ["a", "b"] * 3
+    assert times == {"a": [1.0, 1.0], "b": [1.0, 1.0]}
+
+
+def test_quoted_figures(some, tmp_path):
+    """Median, least and most, mean and deviation, other units: what is right stays, and what is not is put right."""
+    assert updated(QUOTED, tmp_path) == QUOTED
+    wrong = re.sub(r"\[(\S+)", lambda match: "[" + re.sub(r"\d", "7", match[1]), QUOTED)
+    assert wrong != QUOTED
+    assert updated(wrong, tmp_path) == QUOTED
+
+
+def test_paths_into_other_json(tmp_path):
+    """Results that are no record are quoted by the way to a number, or to a mean and a deviation."""
+    (tmp_path / "old.json").write_text(json.dumps({"runs": [{"AUC": {"mean": 0.93412, "sd": 0.0049}, "rounds": 12}]}))
+    text = '[0.934 ± 0.005](old.json "runs/0/AUC") [0.93](old.json "runs/0/AUC") [12](old.json "runs/0/rounds")'
+    assert updated(text, tmp_path) == text
+
+
+@pytest.mark.parametrize(
+    ("text", "error"),
+    [
+        ('[1](results/some.json "nothing")', KeyError),
+        ('[1](results/some.json "time")', KeyError),
+        ('[1](results/some.json "dropouts")', KeyError),
+        ('[1 and 2](results/some.json "share")', ValueError),
+        ('[none](results/some.json "share")', ValueError),
+    ],
+)
+def test_a_figure_that_is_not_there(some, tmp_path, text, error):
+    """What the results do not have cannot be quoted."""
+    with pytest.raises(error):
+        updated(text, tmp_path)
+
+
+def test_tables_are_made_of_the_results(some, tmp_path, monkeypatch):
+    """Between the marks stands the table of the record, whatever stood there before."""
+    monkeypatch.setattr(quotes, "RESULTS", tmp_path / "results")
+    text = updated("<!-- figures: some -->\nold\n<!-- end of figures -->\n", tmp_path)
+    assert "| time (plain, 8 sites) | 5.00 s | 4.00 to 6.00 | <= 2: **missed** |" in text
+    assert "old" not in text
+
+
+@pytest.mark.parametrize("path", documents(), ids=lambda path: path.name)
+def test_documents_quote_the_results(path):
+    """Every figure that a document quotes is that of the committed results."""
+    assert updated(path.read_text(), path.parent) == path.read_text()
