@@ -6,7 +6,8 @@ Seven hospitals (``sites.xray_studies``) train by the sites' own trainers in one
 and encoding as they are; sums are added modulo the ring here, which is what a secure sum opens, and every hospital
 survives every round.  AUC is that of the 624 test images; with ``--validation`` it is that of the file's validation
 images, which nobody trains on either, and of the same moved, blurred, noised and zoomed; choices are made there.
-"alone": each hospital's own model by the recipe of mode local (or none), the mean over hospitals.
+"alone": each hospital's own model by the recipe of mode local (or none), the mean over hospitals; "pooled": all
+patients in one place, by the recipe of mode none.
 """
 
 import argparse
@@ -35,7 +36,7 @@ from sites.manifest import Images, Manifest, Privacy, Training
 from sites.model_state import ModelSpec, State
 from sites.models import image_model, initial_image_model
 from sites.recipe import new_manifest
-from sites.reference import state_alone
+from sites.reference import pool_sites, state_alone
 from sites.server_optimizer import ServerOptimizer
 from sites.site_data import SiteData, learnt_from, through
 from sites.trainer import Examples, LocalTrainer, SharedTrainer, TrainerOptions, predict
@@ -165,7 +166,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--modes", nargs="+", choices=MODES, default=MODES)
     parser.add_argument("--validation", action="store_true")
-    parser.add_argument("--alone", action="store_true", help="also each hospital alone, without privacy and with")
+    parser.add_argument("--alone", action="store_true", help="also each hospital alone, and all in one place")
     parser.add_argument("--model", help="another model than the recipe's")
     parser.add_argument("--training", default="{}", help="fields of [training] to change, as JSON, to choose")
     parser.add_argument("--json", type=Path)
@@ -202,6 +203,10 @@ def main() -> None:
                     )
                     for one in found.values()
                 ]
+            if asked.alone and mode == "none":  # whose steps are of all patients, however many
+                together = pool_sites(found)
+                pooled = state_alone(together, training=training, privacy=privacy)
+                columns["pooled, none"] = [judged(together, pooled, test, validation=asked.validation)]
             for column, values in columns.items():
                 entry = {"model": images.model, "training": msgspec.to_builtins(training), "values": []}
                 entry = report["columns"].setdefault(column, entry)

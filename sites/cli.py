@@ -169,6 +169,12 @@ def create(
         str | None,
         typer.Option(help="Backend homomorphic: sites (nobody else sees the model, the default) or coordinator."),
     ] = None,
+    personalised: Annotated[
+        bool,
+        typer.Option(
+            "--personalised", help="Evaluate the final model beside the sites' own versions of it, only then."
+        ),
+    ] = False,
     census: Annotated[
         bool, typer.Option("--census", help="Also count the sites' patients together, at the end of a run.")
     ] = False,
@@ -222,6 +228,8 @@ def create(
             release_to=release_to or ("sites" if backend == "homomorphic" else "coordinator"),
         ),
     }
+    if personalised:
+        changes["evaluation"] = _changed(recipe.EVALUATION, personalised=True)
     if census or census_label:
         changes["census"] = recipe.census_table(census_label or [], max_corrupt=changes["policy"].max_corrupt)
     noise: dict[str, Any] = {"max_dropouts": max_dropouts, "mechanism": mechanism}
@@ -525,13 +533,16 @@ def _print_manifest(manifest: "Manifest") -> None:
 
 
 def _print_round(record: "RoundRecord") -> None:
-    what = {"train": "training", "evaluate": "evaluation", "census": "census"}[record.purpose]
+    names = {"train": "training", "evaluate": "evaluation", "personalise": "personal models", "census": "census"}
+    what = names[record.purpose]
     seconds = sum(record.seconds.values())
     if record.error:
         _say(f"round {record.number}, {what}: ended without a release ({record.error}) after {seconds:.1f} s")
         return
     auc = record.metrics.auc if record.metrics is not None else None
     metric = "" if auc is None else f", AUC of the model before it {auc:.3f}"
+    if record.personal_metrics is not None and record.personal_metrics.auc is not None:
+        metric += f", of the sites' own models {record.personal_metrics.auc:.3f}"
     dropped = "".join(f", {site} stopped answering in {phase}" for site, phase in sorted(record.dropped.items()))
     _say(f"round {record.number}, {what}: {len(record.survivors)} sites summed in {seconds:.1f} s{metric}{dropped}")
 

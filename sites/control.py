@@ -19,7 +19,7 @@ CHUNK: Final = b"K"
 HEADER_BYTES: Final = 1 << 20
 MANIFEST_DIFFERS: Final = "manifest-differs"
 
-Purpose = Literal["train", "evaluate", "census"]
+Purpose = Literal["train", "evaluate", "personalise", "census"]
 
 
 class Control(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True, kw_only=True):

@@ -42,7 +42,7 @@ from sites.held_model import next_name
 from sites.manifest import Manifest
 from sites.manifest_log import note_manifest
 from sites.model_state import model_digest
-from sites.rounds import mean_update, metrics_of, model_spec, round_parameters
+from sites.rounds import mean_update, metrics_of, model_spec, personal_metrics_of, round_parameters
 from sites.run_store import Model, RunStore
 from sites.server_optimizer import ServerOptimizer
 from transport import Delivery, Endpoint, PeerId, TransportError
@@ -66,7 +66,8 @@ class RoundRecord:
     ``dropped``: site -> phase in which it was given up; ``refused``: site -> error codes of what it sent and was
     refused for, or is to blame for; ``seconds``: phase -> wall time; ``masked_sample``: site -> first bytes of its
     masked input, whole or not, in hexadecimal; ``examples``: the survivors' summed weight; ``metrics``: of the model
-    that the round started from; ``error``: code of the error that ended it, or empty.
+    that the round started from; ``personal_metrics``: of the sites' own versions of it; ``error``: code of the error
+    that ended it, or empty.
     """
 
     run: str
@@ -81,6 +82,7 @@ class RoundRecord:
     masked_sample: dict[str, str] = field(default_factory=dict)
     examples: int | None = None
     metrics: Metrics | None = None
+    personal_metrics: Metrics | None = None
     error: str = ""
 
 
@@ -229,8 +231,8 @@ class CoordinatorLoop:
             self._report(record)
             self._tell_of_intruders()
             failures = 0 if aggregate is not None else failures + 1
-            if record.purpose == "census":  # whose failure takes nothing from the model
-                if aggregate is not None and aggregate.totals:
+            if record.purpose in ("census", "personalise"):  # whose failure takes nothing from the model
+                if record.purpose == "census" and aggregate is not None and aggregate.totals:
                     self._notify(census.write_table(self._manifest, aggregate, run=self._run, state=self._state))
             elif failures == FAILURES_IN_A_ROW or (aggregate is None and number > rounds):
                 raise FederationFailed(
@@ -245,7 +247,8 @@ class CoordinatorLoop:
 
     def _purpose(self, number: int) -> Purpose:
         after = number - self._manifest.training.rounds
-        return "train" if after <= 0 else "evaluate" if after == 1 else "census"
+        last: Purpose = "personalise" if self._manifest.evaluation.personalised else "evaluate"
+        return "train" if after <= 0 else last if after == 1 else "census"
 
     def _write_status(self, number: int, machine: Coordinator | None = None, *, over: str = "") -> None:
         status = Status(
@@ -403,7 +406,7 @@ class CoordinatorLoop:
                 return record, None
             record.survivors = aggregate.survivors
             totals = aggregate.totals
-            record.metrics = metrics_of(aggregate)
+            record.metrics, record.personal_metrics = metrics_of(aggregate), personal_metrics_of(aggregate)
             record.examples = int(totals[WEIGHT][0]) if WEIGHT in totals else None
             return record, aggregate
         if isinstance(machine.phase, Aborted):
@@ -462,7 +465,7 @@ class CoordinatorLoop:
     def _allowed_seconds(self, machine: Coordinator, purpose: Purpose) -> float:
         deadlines = self._manifest.deadlines
         # The sites train while keys and shares are exchanged, so this phase is the one that waits for them.
-        training = purpose == "train" and isinstance(machine.phase, CollectingMaskedInputs)
+        training = purpose in ("train", "personalise") and isinstance(machine.phase, CollectingMaskedInputs)
         return deadlines.training_seconds if training else deadlines.phase_seconds
 
     def _take(self, machine: Coordinator, record: RoundRecord, delivery: Delivery) -> None:

@@ -176,7 +176,10 @@ def _agreement(path: Path) -> str:
         site = open_site(path)
     except SiteError as error:
         raise _Sick(str(error), "see above; if all else is good, the manifest is weaker than your own rules") from error
-    return f"{site.name} takes part under its own rules"
+    alone = site.manifest.evaluation.personalised and site.config.personalisation is None
+    return f"{site.name} takes part under its own rules" + (
+        ", but not in the evaluation, for want of [personalisation] in its SITE.toml" if alone else ""
+    )
 
 
 def _coordinator(site: OpenSite, patience: float) -> str:

@@ -49,6 +49,18 @@ def sync_folder(path: Path) -> None:
         os.close(folder)
 
 
+def use_up(path: Path) -> bool:
+    """Whether the mark ``path`` was not there; now it is, on disk.  Of several who ask, one is told so."""
+    try:
+        path.touch(exist_ok=False)
+    except FileExistsError:
+        return False
+    except OSError as error:
+        raise ConfigurationError(f"{path}: cannot be written: {error.strerror}") from error
+    sync_folder(path.parent)
+    return True
+
+
 def create_private(path: Path, data: bytes) -> None:
     """Write a new file that only its owner can read; KeyFileError if it exists, so that no key is ever overwritten."""
     if path.exists():

@@ -112,10 +112,15 @@ class Encoding(_Table, frozen=True):
 
 
 class Evaluation(_Table, frozen=True):
-    """Bins of the summed score histogram, and the largest number of held-out examples of a site."""
+    """Bins of the summed score histogram, and the largest number of held-out examples of a site.
+
+    ``personalised``: the only evaluation is that of the final model and of the sites' own versions of it, side by side,
+    over the sites that have one, once under this manifest (see ``sites.personalisation``).
+    """
 
     histogram_bins: Annotated[int, msgspec.Meta(ge=2, le=1 << 16, multiple_of=2)]
     max_examples: _Positive
+    personalised: bool
 
 
 class Tensor(_Table, frozen=True):
@@ -514,6 +519,11 @@ class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
         if (unit == "site") != (mode == "site"):
             raise ManifestError(
                 f"{where}: found mode {mode} with unit {unit}, expected the unit site for mode site only"
+            )
+        if mode == "site" and self.evaluation.personalised:
+            raise ManifestError(
+                f"{where}: found personalised in [evaluation] and mode site, expected another mode: where whole sites "
+                "are the unit there is no model of one"
             )
         # Stops local steps that build on each other: noise that sites share covers only their sum at one model.
         if mode == "shared" and steps != 1:

@@ -46,11 +46,24 @@ from sites.config import OpenSite, open_site
 from sites.control import CopyRequest, FederationOver, GivenUp, Hello, ModelCopy, Purpose, Refused, StartRound, Withdraw
 from sites.errors import ConfigurationError, FederationFailed, ManifestError, SiteError
 from sites.evaluation import Metrics, count_correct, score_histogram
+from sites.files import use_up
 from sites.held_model import HeldModel
 from sites.journal import SqliteJournal
 from sites.manifest_log import note_manifest
 from sites.model_state import State, model_digest
-from sites.rounds import CORRECT, HISTOGRAM, TOTAL, UPDATE, metrics_of, model_spec, round_parameters, transport_limits
+from sites.rounds import (
+    CORRECT,
+    HISTOGRAM,
+    PERSONAL_CORRECT,
+    PERSONAL_HISTOGRAM,
+    TOTAL,
+    UPDATE,
+    metrics_of,
+    model_spec,
+    personal_metrics_of,
+    round_parameters,
+    transport_limits,
+)
 from transport import COORDINATOR, Endpoint, PeerUnreachable, TransportError, connect
 
 if TYPE_CHECKING:
@@ -68,7 +81,10 @@ LEAVE_SECONDS: Final = 30.0
 LOG: Final = "rounds.jsonl"  # in the state folder: a RoundResult a line
 HELD_MODEL: Final = "held-model.bin"  # in the state folder, where only the sites have the model
 
+EVALUATED: Final = "evaluated"  # in the state folder, and a manifest's digest: its personal evaluation was given
+
 Evaluate = Callable[[State], tuple[npt.NDArray[np.floating], npt.NDArray[np.integer]]]
+Personalise = Callable[[State, str], State | None]
 
 
 class Round:
@@ -141,9 +157,16 @@ class Round:
 class Federation:
     """A site's membership, open while its ``with`` block runs; made by ``join``."""
 
-    def __init__(self, site: OpenSite, *, endpoint: Endpoint | None = None, evaluate: Evaluate | None = None) -> None:
+    def __init__(
+        self,
+        site: OpenSite,
+        *,
+        endpoint: Endpoint | None = None,
+        evaluate: Evaluate | None = None,
+        personalise: Personalise | None = None,
+    ) -> None:
         self._session = _Session(site, endpoint)
-        self._evaluate = evaluate
+        self._evaluate, self._personalise = evaluate, personalise
         self._trainers: list[Trainer[Any]] = []
         self._final_state: State | None = None
 
@@ -227,7 +250,8 @@ class Federation:
         """Each training round that the coordinator starts with this site, until the federation is over.
 
         Before each it evaluates the incoming global model on this site's held-out data, if ``join`` was given the
-        means; only summed counts ever leave the consortium's masks.  Raises PeerUnreachable when the coordinator is
+        means, or at the end the final one and this site's own version of it, where the manifest says so; only summed
+        counts ever leave the consortium's masks.  Raises PeerUnreachable when the coordinator is
         gone and FederationFailed when it refuses this site or gives up; the engineer's own state is untouched.
         """
         while (item := self._session.next_task()) is not None:
@@ -239,41 +263,68 @@ class Federation:
                         f"the coordinator ended the federation ({item.code}); see its own log for why"
                     )
                 return
-            if TOTAL in item.parameters.lanes:
-                item.counts.update(self._counts(item))
-            if item.purpose == "census":
-                # A site that has prepared nothing leaves the round: zeros of all but one would show that one's counts.
-                if (counts := census.take_contribution(self._session.site)) is not None:
+            if item.purpose in ("census", "personalise"):
+                # A site that has nothing to give leaves the round: zeros of all but one would show that one's counts.
+                personal = item.purpose == "personalise"
+                counts = self._personal_counts(item) if personal else census.take_contribution(self._session.site)
+                if counts is not None:
                     self._session.hand_over(item, encode_input(item.parameters, counts))
                 self._session.withdraw_unless_submitted(item)
-            elif item.purpose == "evaluate":
+                continue
+            if TOTAL in item.parameters.lanes:
+                correct, total, histogram = self._counts(self._session.spec.restore(item.vector))
+                item.counts.update({CORRECT: correct, TOTAL: total, HISTOGRAM: histogram})
+            if item.purpose == "evaluate":
                 self._session.hand_over(item, encode_input(item.parameters, item.counts))
             else:
                 yield Round(session=self._session, task=item)
                 self._session.withdraw_unless_submitted(item)
 
-    def _counts(self, task: "_Task") -> dict[str, npt.NDArray[np.int64]]:
-        """Evaluation counts of the incoming model on this site's held-out data; zeros without the means to evaluate."""
+    def _counts(self, state: State) -> list[npt.NDArray[np.int64]]:
+        """Right decisions, examples and histogram of ``state`` on this site's held-out data; zeros without the means to
+        evaluate."""
         scores: npt.NDArray[np.floating] = np.zeros(0)
         labels: npt.NDArray[np.integer] = np.zeros(0, np.int64)
         if self._evaluate is not None:
-            scores, labels = self._evaluate(self._session.spec.restore(task.vector))
+            scores, labels = self._evaluate(state)
         histogram = score_histogram(scores, labels, self._session.site.manifest.evaluation.histogram_bins)
+        return [np.array([count_correct(scores, labels)]), np.array([len(labels)]), histogram.reshape(-1)]
+
+    def _personal_counts(self, task: "_Task") -> dict[str, npt.NDArray[np.int64]] | None:
+        """Evaluation counts of the final model and of this site's own version of it; None without one, without
+        held-out data, and where they were given already."""
+        site = self._session.site
+        given = site.state / f"{EVALUATED}.{site.manifest.digest.hex()}"
+        if self._personalise is None or given.exists():
+            return None
+        final = self._session.spec.restore(task.vector)
+        correct, total, histogram = self._counts(final)
+        if not total[0] or (personal := self._personalise(final, task.parameters.run)) is None:
+            return None
+        personal_correct, _, personal_histogram = self._counts(personal)
+        # Stops a second sum, over other sites, in this run or another one, whose difference to the first would be one
+        # site's counts: on disk before anything is sent, whatever then becomes of the round.
+        if not use_up(given):
+            return None
         return {
-            CORRECT: np.array([count_correct(scores, labels)], np.int64),
-            TOTAL: np.array([len(labels)], np.int64),
-            HISTOGRAM: histogram.reshape(-1),
+            CORRECT: correct,
+            TOTAL: total,
+            HISTOGRAM: histogram,
+            PERSONAL_CORRECT: personal_correct,
+            PERSONAL_HISTOGRAM: personal_histogram,
         }
 
 
-def join(config: str | Path, *, evaluate: Evaluate | None = None) -> Federation:
+def join(config: str | Path, *, evaluate: Evaluate | None = None, personalise: Personalise | None = None) -> Federation:
     """The federation that ``config`` (a SITE.toml) describes, to be entered with ``with``.
 
     ``evaluate``: takes a global state and returns the held-out examples' scores in [0, 1] and their 0/1 labels, for the
-    consortium's summed metrics; without it this site contributes zeros.  Raises the errors of ``open_site``: keys,
-    manifest and signatures are checked before anything is sent.
+    consortium's summed metrics; without it this site contributes zeros.  ``personalise``: takes the final state and the
+    name of the run, and returns this site's own version of it; called where the manifest has personal models evaluated,
+    at most once; without it, or if it returns None, this site is not in that sum.  Raises the errors of ``open_site``:
+    keys, manifest and signatures are checked before anything is sent.
     """
-    return Federation(open_site(Path(config)), evaluate=evaluate)
+    return Federation(open_site(Path(config)), evaluate=evaluate, personalise=personalise)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -282,7 +333,8 @@ class RoundResult:
     site's machine then; ``at``: when it ended, in seconds since 1970, after how many ``seconds``.
 
     From the receipt of a finished round: ``survivors``, how many sites are in the sum, and ``aggregate``, its digest in
-    hexadecimal.  ``metrics``: of the model it started from, where sites open the sums.
+    hexadecimal.  ``metrics``: of the model it started from, and ``personal_metrics`` of the sites' own versions of it,
+    where sites open the sums.
     """
 
     run: str
@@ -295,6 +347,7 @@ class RoundResult:
     survivors: int | None = None
     aggregate: str | None = None
     metrics: Metrics | None = None
+    personal_metrics: Metrics | None = None
 
 
 class _Task:
@@ -616,6 +669,7 @@ class _Session:
                     survivors=None if finished is None else finished.receipt.survivors,
                     aggregate=None if finished is None else finished.receipt.aggregate_digest.hex(),
                     metrics=None if aggregate is None else metrics_of(aggregate),
+                    personal_metrics=None if aggregate is None else personal_metrics_of(aggregate),
                 )
             )
         with self._changed:

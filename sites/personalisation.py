@@ -2,6 +2,13 @@
 
 With differential privacy it is booked as a run of its own before a patient is sampled: whoever is given the personal
 model, or sees what it predicts, learns of a patient what the ledger then says in all.
+
+How good the sites' own versions are, the consortium learns for all of them together, if its manifest says
+``personalised`` in [evaluation].  The round after the training then sums each site's evaluation counts of the final
+model and of its own version of it, on the same held-out rows.  A site that has no version of its own is not in that
+sum.  So that nothing can be subtracted from it, it is the only one that held-out rows are in: training rounds under
+such a manifest evaluate nothing, no other evaluation is allowed, and a site gives its counts once under a manifest,
+however often it is asked.
 """
 
 import os

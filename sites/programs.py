@@ -10,6 +10,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Final
 
+import msgspec
+
+from dp.errors import PrivacyError
 from secureagg import codec as round_codec
 from secureagg.coordinator import MESSAGE_OF_PHASE
 from secureagg.homomorphic import check_installed
@@ -23,7 +26,7 @@ from sites.files import write_atomic, write_json
 from sites.keys import load_keys
 from sites.manifest import Manifest
 from sites.model_state import State, model_digest
-from sites.participant_loop import Federation, RoundResult
+from sites.participant_loop import LOG, Federation, RoundResult
 from sites.personalisation import PERSONAL_MODEL, Personalised, personalise
 from sites.rounds import MEMORY_BYTES, model_spec, transport_limits
 from sites.site_data import prepare_images
@@ -126,11 +129,18 @@ def run_site(
     out what a dropout does.
     """
     site = open_site(config)
+    own = _OwnVersion(site)
     with closing(trainer_for(site)) as trainer:
-        summary, final = _run_site(site, trainer, report=report, stop_answering=stop_answering)
+        summary, final = _run_site(site, trainer, own, report=report, stop_answering=stop_answering)
+    for past in summary.rounds:
+        if past.metrics is not None and past.personal_metrics is not None:
+            report(
+                f"personal models of {past.survivors} sites: AUC on their held-out data {_number(past.metrics.auc)} "
+                f"before, {_number(past.personal_metrics.auc)} after"
+            )
     if site.config.personalisation is None:
         return summary
-    personalised = personalise(site, final, run=summary.rounds[-1].run)
+    personalised = own.of(final, _last_run(site))
     report(
         f"personal model: AUC on this site's held-out data {_number(personalised.before.auc)} before, "
         f"{_number(personalised.after.auc)} after; it is {site.state / PERSONAL_MODEL}"
@@ -139,6 +149,43 @@ def run_site(
         summary = replace(summary, personalised=personalised, epsilon=trainer.epsilon, ledger_head=trainer.ledger_head)
     _write_summary(site, summary)
     return summary
+
+
+class _OwnVersion:
+    """A site's own version of the final model, made once in a process: for the sum of all, or after the run."""
+
+    def __init__(self, site: OpenSite) -> None:
+        self._site = site
+        self._made: dict[tuple[str, bytes], Personalised] = {}
+
+    def of(self, final: State, run: str) -> Personalised:
+        """What ``personalise`` makes of the ``final`` model of ``run``; raises its errors."""
+        key = (run, model_spec(self._site.manifest).flatten(final, who="final model").tobytes())
+        if key not in self._made:
+            self._made[key] = personalise(self._site, final, run=run)
+        return self._made[key]
+
+    def for_the_sum(self, final: State, run: str) -> State | None:
+        """The version itself; None where SITE.toml asks for none, or there is no budget for it."""
+        if self._site.config.personalisation is None:
+            log.warning("evaluation of personal models: SITE.toml has no [personalisation], so this site leaves it")
+            return None
+        try:
+            self.of(final, run)
+        except PrivacyError as error:
+            log.warning("evaluation of personal models: this site leaves it; %s", error)
+            return None
+        spec = model_spec(self._site.manifest)
+        return spec.restore(spec.from_bytes((self._site.state / PERSONAL_MODEL).read_bytes(), who=PERSONAL_MODEL))
+
+
+def _last_run(site: OpenSite) -> str:
+    """The run that this site took part in last, also before it was started anew; "" for none."""
+    try:
+        *_, last = (site.state / LOG).read_bytes().splitlines()
+    except (FileNotFoundError, ValueError):
+        return ""
+    return msgspec.json.decode(last, type=RoundResult).run
 
 
 def _number(value: float | None) -> str:
@@ -150,14 +197,19 @@ def _write_summary(site: OpenSite, summary: SiteSummary) -> None:
 
 
 def _run_site(
-    site: OpenSite, trainer: Trainer[Any], *, report: Callable[[str], None], stop_answering: tuple[str, int] | None
+    site: OpenSite,
+    trainer: Trainer[Any],
+    own: _OwnVersion,
+    *,
+    report: Callable[[str], None],
+    stop_answering: tuple[str, int] | None,
 ) -> tuple[SiteSummary, State]:
     endpoint: Endpoint | None = None
     if stop_answering is not None:
         phase, number = stop_answering
         endpoint = _FailingEndpoint(site, phase=phase, round_number=number)
     seconds: list[float] = []
-    federation = Federation(site, endpoint=endpoint, evaluate=trainer.evaluate)
+    federation = Federation(site, endpoint=endpoint, evaluate=trainer.evaluate, personalise=own.for_the_sum)
     federation.attach(trainer)
 
     def summarise() -> SiteSummary:

@@ -38,7 +38,7 @@ POLICY: Final = Policy(
     release_to="coordinator",
 )
 ENCODING: Final = Encoding(value_bits=16, value_range=2.0, out_of_range="clip", max_examples=100_000)
-EVALUATION: Final = Evaluation(histogram_bins=200, max_examples=100_000)
+EVALUATION: Final = Evaluation(histogram_bins=200, max_examples=100_000, personalised=False)
 TRAINING: Final = Training(
     rounds=10,
     local_steps=2,

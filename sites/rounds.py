@@ -19,6 +19,8 @@ UPDATE: Final = "update"
 CORRECT: Final = "correct"
 TOTAL: Final = "total"
 HISTOGRAM: Final = "histogram"
+PERSONAL_CORRECT: Final = "personal-correct"  # of the same examples, by the sites' own versions of the model
+PERSONAL_HISTOGRAM: Final = "personal-histogram"
 MEMORY_BYTES: Final = 256 << 20  # of messages under way at the coordinator
 _BESIDE_THE_MODEL: Final = 8 << 20  # the largest of all other messages, and the names of a model's tensors
 
@@ -45,8 +47,8 @@ def round_parameters(
     """The parameters of one round of ``purpose`` with ``cohort``; ParameterError if the manifest does not allow it.
 
     A training round sums the weighted update and the evaluation counts of the incoming model, one with shared noise
-    only what is noised; an evaluation round sums the counts only; a census round, the last one of a run, sums counts of
-    patients.
+    only what is noised; an evaluation round sums the counts only, one of personal models those of the sites' own
+    versions beside them; a census round, the last one of a run, sums counts of patients.
     """
     members = [SiteId(site) for site in cohort]
     # Stops a coordinator that forms a smaller cohort than every site signed for.
@@ -56,21 +58,27 @@ def round_parameters(
             f"{manifest.policy.minimum_cohort}"
         )
     # Stops a coordinator that goes on asking for updates after the rounds that every site signed for.
-    planned = manifest.training.rounds
-    if round_number > planned + {"train": 0, "evaluate": 1, "census": 2}[purpose]:
+    planned, personalised = manifest.training.rounds, manifest.evaluation.personalised
+    if round_number > planned + {"train": 0, "evaluate": 1, "personalise": 1, "census": 2}[purpose]:
         raise ParameterError(f"round {round_number}, {purpose}: the manifest has {planned} training rounds")
     # Stops one that asks for a census that nobody signed for, or for several.
     if purpose == "census" and (not isinstance(manifest.census, Census) or round_number != planned + 2):
         raise ParameterError(f"round {round_number}, census: the manifest has none, or not in this round")
-    bound = Counts(maximum=manifest.evaluation.max_examples)
-    lanes = [
-        Lane(name=CORRECT, length=1, encoding=bound),
-        Lane(name=TOTAL, length=1, encoding=bound),
-        Lane(name=HISTOGRAM, length=2 * manifest.evaluation.histogram_bins, encoding=bound),
-    ]
+    # Stops one that asks for personal models that nobody signed for, and one that has all sites evaluate the model,
+    # too: the difference of the sums would be the counts of the sites without a model of their own, perhaps of one.
+    if purpose in ("evaluate", "personalise") and personalised != (purpose == "personalise"):
+        raise ParameterError(
+            f"round {round_number}, {purpose}: the manifest has the final model evaluated "
+            f"{'together with' if personalised else 'without'} personal ones"
+        )
+    if purpose == "personalise" and round_number != planned + 1:
+        raise ParameterError(f"round {round_number}, personalise: expected in round {planned + 1} only")
+    lanes = evaluation_lanes(manifest)
     plan, weighted = manifest.noise_plan, False
     if purpose == "census":
         lanes = census.lanes(census.census_of(manifest))
+    if purpose == "train" and personalised:
+        lanes = []  # for the same reason
     if purpose == "train" and plan is not None:
         # With shared noise a round is one step: the model is evaluated at the end.
         lanes = [Lane(name=UPDATE, length=plan.dimensions, encoding=RingElements(ring_bits=plan.ring_bits))]
@@ -97,15 +105,34 @@ def round_parameters(
     )
 
 
+def evaluation_lanes(manifest: Manifest) -> list[Lane]:
+    """The lanes of an evaluation; where the manifest says so, of personal models too."""
+    bound, bins = Counts(maximum=manifest.evaluation.max_examples), 2 * manifest.evaluation.histogram_bins
+    lengths = {CORRECT: 1, TOTAL: 1, HISTOGRAM: bins}
+    if manifest.evaluation.personalised:
+        lengths |= {PERSONAL_CORRECT: 1, PERSONAL_HISTOGRAM: bins}
+    return [Lane(name=name, length=length, encoding=bound) for name, length in lengths.items()]
+
+
 def metrics_of(aggregate: Aggregate) -> Metrics | None:
     """What a round's summed counts say about the model it started from; None if it had none."""
+    return _metrics_of(aggregate, correct=CORRECT, histogram=HISTOGRAM)
+
+
+def personal_metrics_of(aggregate: Aggregate) -> Metrics | None:
+    """What a round's summed counts say about the sites' own versions of the model, each judged on its own site's
+    examples; None if it had none."""
+    return _metrics_of(aggregate, correct=PERSONAL_CORRECT, histogram=PERSONAL_HISTOGRAM)
+
+
+def _metrics_of(aggregate: Aggregate, *, correct: str, histogram: str) -> Metrics | None:
     totals = aggregate.totals
-    if TOTAL not in totals:
+    if histogram not in totals:
         return None
     return metrics_from_counts(
-        correct=int(totals[CORRECT][0]),
+        correct=int(totals[correct][0]),
         total=int(totals[TOTAL][0]),
-        histogram=totals[HISTOGRAM].reshape(2, -1),
+        histogram=totals[histogram].reshape(2, -1),
     )
 
 

@@ -346,7 +346,7 @@ def test_the_log_has_sums_only(tmp_path) -> None:
     assert len(lines) == 2
     assert lines[0].keys() == {
         *("run", "number", "purpose", "cohort", "survivors", "dropped", "refused", "seconds", "bytes_received"),
-        *("masked_sample", "examples", "metrics", "error"),
+        *("masked_sample", "examples", "metrics", "personal_metrics", "error"),
     }
     assert lines[0]["examples"] == 100
     assert together.records[0].masked_sample.keys() == set("abcd")

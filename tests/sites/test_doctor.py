@@ -12,7 +12,7 @@ import pytest
 from support.consortium import Consortium, make_consortium
 from typer.testing import CliRunner
 
-from sites import doctor
+from sites import doctor, recipe
 from sites.cli import app
 from sites.demo import free_port
 from sites.doctor import Finding, examine
@@ -99,6 +99,15 @@ def test_a_healthy_site(consortium: Consortium, listening: Listening) -> None:
         assert [finding.check for finding in findings] == CHECKS
         assert bad(findings) == {}
     assert sorted(config.parent.iterdir()) == before
+
+
+def test_an_evaluation_that_this_site_will_not_be_in(tmp_path: Path) -> None:
+    """Where the consortium evaluates personal models and this site has none asked for, that is said."""
+    evaluation = msgspec.structs.replace(recipe.EVALUATION, personalised=True)
+    made = make_consortium(tmp_path, names=("a", "b", "c"), evaluation=evaluation)
+    found = {one.check: one for one in examine(made.site_configs["a"], patience=0.1)}
+    assert found["agreement"].good
+    assert "not in the evaluation, for want of [personalisation]" in found["agreement"].found
 
 
 def test_nobody_listens(consortium: Consortium) -> None:

@@ -8,7 +8,7 @@ import pytest
 
 from secureagg import ParameterError
 from sites.errors import ConfigurationError, KeyFileError
-from sites.files import create_private, read_private, write_atomic
+from sites.files import create_private, read_private, use_up, write_atomic
 from sites.keys import generate_keys, load_card, load_keys, save_keys
 
 PRIVATE = "name = '{name}'\nsigning_key = '{signing}'\ntransport_key = '{transport}'\n"
@@ -273,3 +273,12 @@ def test_a_folder_that_is_not_there(tmp_path):
     path = tmp_path / "none" / "file"
     with pytest.raises(ConfigurationError, match=f"{path}: cannot be written"):
         write_atomic(path, b"")
+
+
+def test_a_mark_that_is_used_up_once(tmp_path):
+    """The first who asks is told that the mark was not there, all others that it was; where it cannot be made, nobody
+    is told anything."""
+    assert use_up(tmp_path / "mark")
+    assert not use_up(tmp_path / "mark")
+    with pytest.raises(ConfigurationError, match="mark: cannot be written"):
+        use_up(tmp_path / "nowhere" / "mark")

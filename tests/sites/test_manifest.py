@@ -110,6 +110,8 @@ def other_value(path, value):
         return {"name": "zz", "follows": "0" * 64}[name]
     if isinstance(value, str):
         return ("1" if value[0] == "0" else "0") + value[1:]
+    if isinstance(value, bool):
+        return not value
     return value + 1 if isinstance(value, int) else value * 1.5
 
 

@@ -9,7 +9,17 @@ from secureagg import Counts, FixedPoint, ParameterError
 from secureagg.lanes import CLIPPED, WEIGHT
 from secureagg.parameters import choose_thresholds
 from sites import recipe
-from sites.rounds import CORRECT, HISTOGRAM, TOTAL, UPDATE, model_spec, round_parameters
+from sites.errors import ManifestError
+from sites.rounds import (
+    CORRECT,
+    HISTOGRAM,
+    PERSONAL_CORRECT,
+    PERSONAL_HISTOGRAM,
+    TOTAL,
+    UPDATE,
+    model_spec,
+    round_parameters,
+)
 
 DIGEST = bytes(32)
 COHORT = ("a", "b", "c", "d")
@@ -54,6 +64,51 @@ def test_lanes_of_an_evaluation_round(manifest):
     assert lanes_of(one) == {
         name: lane for name, lane in training.items() if name not in (UPDATE, WEIGHT, UPDATE + CLIPPED)
     }
+
+
+@pytest.fixture(scope="module")
+def personalised(tmp_path_factory):
+    """The manifest of a consortium that has personal models evaluated."""
+    evaluation = msgspec.structs.replace(recipe.EVALUATION, personalised=True)
+    return make_consortium(tmp_path_factory.mktemp("personalised"), evaluation=evaluation).manifest
+
+
+def test_lanes_of_personal_models(manifest, personalised):
+    """The round after the training sums the counts of the final model and of the sites' own versions of it, of the same
+    examples; in no other round of such a manifest are held-out examples counted."""
+    planned = personalised.training.rounds
+    lanes = lanes_of(parameters(personalised, purpose="personalise", round_number=planned + 1))
+    evaluated = lanes_of(parameters(manifest, purpose="evaluate"))
+    assert lanes.keys() - evaluated.keys() == {PERSONAL_CORRECT, PERSONAL_HISTOGRAM}
+    assert evaluated.items() <= lanes.items()
+    for ours, theirs in ((PERSONAL_CORRECT, CORRECT), (PERSONAL_HISTOGRAM, HISTOGRAM)):
+        assert (lanes[ours].length, lanes[ours].encoding) == (lanes[theirs].length, lanes[theirs].encoding)
+    training = lanes_of(parameters(personalised)).keys()
+    assert training == lanes_of(parameters(manifest)).keys() - {CORRECT, TOTAL, HISTOGRAM}
+
+
+def test_personal_models_that_nobody_signed_for(manifest, personalised):
+    """They are evaluated in one round only, if the manifest says so; and then there is no other evaluation, whose
+    difference to that one would be the counts of the sites that have no model of their own."""
+    planned = manifest.training.rounds
+    with pytest.raises(ParameterError, match="evaluated without personal ones"):
+        parameters(manifest, purpose="personalise", round_number=planned + 1)
+    for number in (1, planned, planned + 1):
+        with pytest.raises(ParameterError, match="evaluated together with personal ones"):
+            parameters(personalised, purpose="evaluate", round_number=number)
+    for number in (1, planned):
+        with pytest.raises(ParameterError, match=f"expected in round {planned + 1} only"):
+            parameters(personalised, purpose="personalise", round_number=number)
+    with pytest.raises(ParameterError, match=f"personalise: the manifest has {planned} training rounds"):
+        parameters(personalised, purpose="personalise", round_number=planned + 2)
+
+
+def test_no_personal_models_where_sites_are_the_unit(tmp_path):
+    """A manifest that wants them in mode site cannot be made."""
+    evaluation = msgspec.structs.replace(recipe.EVALUATION, personalised=True)
+    training, privacy = recipe.recipe_of("site")
+    with pytest.raises(ManifestError, match=r"personalised in \[evaluation\] and mode site"):
+        make_consortium(tmp_path, evaluation=evaluation, training=training, privacy=privacy)
 
 
 def test_values_out_of_range(manifest):

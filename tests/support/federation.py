@@ -16,7 +16,7 @@ from sites import control
 from sites.config import OpenSite, open_site
 from sites.coordinator_loop import CoordinatorLoop, RoundRecord
 from sites.demo import free_port
-from sites.participant_loop import Evaluate, Federation, RoundResult
+from sites.participant_loop import Evaluate, Federation, Personalise, RoundResult
 from sites.recipe import DEADLINES, ENCODING, PRIVACY, TRAINING
 from sites.rounds import transport_limits
 from support.consortium import Consortium, make_consortium
@@ -140,6 +140,7 @@ class Together:
         programs: Mapping[str, Program] | None = None,
         fails: Mapping[str, tuple[type[ToCoordinator], int]] | None = None,
         evaluate: Mapping[str, Evaluate] | None = None,
+        personalise: Mapping[str, Personalise] | None = None,
         late: Mapping[str, threading.Event] | None = None,
         wrap: Mapping[str, Callable[[Endpoint, OpenSite], object]] | None = None,
         through: Mapping[str, Faults] | None = None,
@@ -163,6 +164,7 @@ class Together:
         self.names = list(names)
         self.programs = {name: moving(name) for name in names} | dict(programs or {})
         self._evaluate, self._late = dict(evaluate or {}), dict(late or {})
+        self._personalise = dict(personalise or {})
         self._wrap = {
             name: lambda real, _site, how=how: SilentFrom(real, how[0], round_number=how[1])
             for name, how in (fails or {}).items()
@@ -225,7 +227,12 @@ class Together:
         try:
             site = open_site(self.consortium.site_configs[name])
             with ExitStack() as stack:
-                federation = Federation(site, endpoint=self._endpoint(site, stack), evaluate=self._evaluate.get(name))
+                federation = Federation(
+                    site,
+                    endpoint=self._endpoint(site, stack),
+                    evaluate=self._evaluate.get(name),
+                    personalise=self._personalise.get(name),
+                )
                 try:
                     with federation:
                         self.programs[name](federation)
