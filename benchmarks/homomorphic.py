@@ -6,11 +6,14 @@ Ours is a site's whole input: encoding, the masks of a round of SITES sites, enc
 processor times, ratios are of times taken by turns.
 """
 
+import ctypes
 import json
 import os
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -34,6 +37,21 @@ from secureagg.slots import KEY_SEED_BYTES, SLOTS
 SITES = 32
 KINDS = {"symmetric": tenseal.ENCRYPTION_TYPE.SYMMETRIC, "public key": tenseal.ENCRYPTION_TYPE.ASYMMETRIC}
 ADDED = 4  # sites whose sum is decrypted and compared
+
+
+@contextmanager
+def without_warnings() -> Iterator[None]:
+    """TenSEAL prints to standard output that a long vector needs several ciphertexts, each time."""
+    sys.stdout.flush()
+    kept = os.dup(1)
+    with Path(os.devnull).open("wb") as nowhere:
+        os.dup2(nowhere.fileno(), 1)
+    try:
+        yield
+    finally:
+        ctypes.CDLL(None).fflush(None)
+        os.dup2(kept, 1)
+        os.close(kept)
 
 
 class Ours:
@@ -189,5 +207,6 @@ def measure(*, full: bool) -> Record:
     """Both side by side, then how exact they are and what memory ours needs."""
     length, repeats = (1_000_000, 7) if full else (100_000, 3)
     title = f"Homomorphic sums of {length:,} values of 16 bits, {SITES} sites"
-    figures = [*times(length, repeats), *errors(length), *memory(length), *memory(4 * length)]
+    with without_warnings():
+        figures = [*times(length, repeats), *errors(length), *memory(length), *memory(4 * length)]
     return Record("homomorphic", title, figures, full)
