@@ -7,7 +7,7 @@ import re
 import pytest
 from rich.console import Console
 
-from benchmarks import quotes, record
+from benchmarks import quotes, record, utility
 from benchmarks.quotes import documents, updated
 from benchmarks.record import Figure, Record, load, shown
 from benchmarks.turns import by_turns
@@ -136,3 +136,34 @@ def test_tables_are_made_of_the_results(some, tmp_path, monkeypatch):
 def test_documents_quote_the_results(path):
     """Every figure that a document quotes is that of the committed results."""
     assert updated(path.read_text(), path.parent) == path.read_text()
+
+
+@pytest.mark.parametrize("data", ["heart", "xray"])
+def test_tables_of_quality_are_those_of_the_results(data):
+    """Every cell of docs/utility.md is what the JSON of its section comes to."""
+    report = json.loads((record.RESULTS / f"utility-{data}.json").read_text())
+    section = next(
+        part
+        for part in (record.ROOT / "docs" / "utility.md").read_text().split("\n## ")
+        if f"utility-{data}.json" in part
+    )
+    compared = 0
+    for table in re.findall(r"(?:^\|.*\n)+", section, re.MULTILINE):
+        heading, _, *rows = ([cell.strip() for cell in line.strip("|").split("|")] for line in table.splitlines())
+        for name, *cells in rows:
+            metric = heading[0].removesuffix(", epsilon")
+            if heading[0] == "difference, measure":
+                pair, metric = name.rsplit(", ", 1)
+                found = {row[0]: row for row in utility.differences(report, *pair.split(" - "), metric)}
+                expected = [f"{found[key][1]:+.3f} ({found[key][3]:+.1f})" for key in heading[1:]]
+            elif metric in utility.METRICS:
+                epsilon = None if name == "none" else float(name)
+                summaries = {each["column"]: each["summary"] for each in report["cells"] if each["epsilon"] == epsilon}
+                expected = [
+                    utility.text_of(summaries[column][metric]) if column in summaries else "" for column in heading[1:]
+                ]
+            else:
+                continue
+            assert cells == expected, (heading[0], name)
+            compared += len(cells)
+    assert compared > 100
