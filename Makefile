@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: install demo test test-slow chaos mutants fuzz peers lint format clean
+.PHONY: install demo test test-slow chaos mutants fuzz bench-peers lint format clean
 
 install: $(READY)
 
@@ -36,10 +36,14 @@ mutants: install
 fuzz: install
 	SECUREAGG_FUZZ_EXAMPLES=200000 $(BIN)/python -m pytest --timeout 0 tests/fuzz
 
-# Flower in an environment of its own, for `python -m benchmarks masking` to be compared with.
-peers:
-	test -x .venv-flower/bin/python || $(PYTHON) -m venv .venv-flower
-	.venv-flower/bin/python -m pip install --quiet flwr==1.41.0
+# The systems that `python -m benchmarks peers` compares with, each in an environment of its own: their requirements
+# exclude each other.  4 GB; `make .venv-peers/flower/.ready` makes one of them.
+bench-peers: $(patsubst %,.venv-peers/%/.ready,flower nvflare fedbiomed declearn)
+
+.venv-peers/%/.ready: benchmarks/peers/requirements/%.txt
+	test -x $(@D)/bin/python || $(PYTHON) -m venv $(@D)
+	$(@D)/bin/python -m pip install --quiet --requirement $<
+	@touch $@
 
 lint: install
 	$(BIN)/ruff check .
@@ -52,4 +56,4 @@ format: install
 	$(BIN)/ruff format .
 
 clean:
-	rm -rf $(VENV) .venv-flower .mypy_cache .pytest_cache .ruff_cache .import_linter_cache .hypothesis build dist
+	rm -rf $(VENV) .venv-peers .mypy_cache .pytest_cache .ruff_cache .import_linter_cache .hypothesis build dist
