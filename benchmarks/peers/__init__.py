@@ -1,0 +1,5 @@
+"""The same updates through this library and through Flower, NVFlare, Fed-BioMed and DecLearn, in one run."""
+
+from benchmarks.peers.compare import measure
+
+__all__ = ["measure"]
