@@ -59,7 +59,6 @@ def answer(packages: Sequence[str], commands: Mapping[str, Callable[..., Answer]
     """
     replies = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # what the system prints itself must not be taken for an answer
-    sys.stdout = sys.stderr
     ready = {name: version(name) for name in packages} | {"python": platform.python_version()}
     print(json.dumps({"ready": ready}), file=replies, flush=True)
     for line in sys.stdin:

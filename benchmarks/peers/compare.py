@@ -6,6 +6,7 @@ processor times of all threads, without the network; wall times, which others' w
 What a peer cannot do stands in its place as a text.
 """
 
+import os
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -21,10 +22,12 @@ from benchmarks.peers.asking import Peer, PeerRefused, PeerUnavailable
 from benchmarks.peers.ours import whole_round
 from benchmarks.record import Figure, Record, ratios
 from secureagg.parameters import Backend, choose_thresholds
+from secureagg.shamir import lagrange_coefficients, reconstruct, share
 
 ROWS = 4  # updates in the file; site i sends row i modulo this
-OURS: Mapping[Backend, str] = {"masked": "ours, masked", "homomorphic": "ours, homomorphic"}
+OURS: Mapping[Backend, str] = {"masked": "ours masked", "homomorphic": "ours homomorphic"}
 TRIAL_SITES = 8  # of rounds that only show whether they survive
+HOLDERS, THRESHOLD, SECRETS = 100, 67, 20
 
 BEFORE, AFTER = "a site is gone before it shares its keys", "a site is gone after keys are shared"
 SURVIVES = "survives"
@@ -243,7 +246,7 @@ def costs(system: System, peer: Peer, inputs: Inputs, *, full: bool) -> Iterator
         lambda: whole_round(rows, size.sites, backend=system.against),
         trial=system.trial,
     )
-    beside = f"{OURS[system.against]}, beside {system.name}"
+    beside = f"{OURS[system.against]} beside {system.name}"
     for name, (unit, value) in QUANTITIES.items():
         if name == "client, until its input is sent" and "input" not in answers[0]:
             continue  # it has nothing to do afterwards
@@ -305,10 +308,39 @@ def flowers_functions(peer: Peer, inputs: Inputs, *, full: bool) -> Iterator[Fig
     answers, own = by_turns(peer, "functions", inputs, size, arguments, ours)
     theirs, ours_spent = ([one["client"]["processor"] for one in each] for each in (answers, own))
     yield Figure("masked input", theirs, "s", at=at)
-    yield Figure("masked input", ours_spent, "s", at={**at, "system": "ours, beside Flower's functions alone"})
+    yield Figure("masked input", ours_spent, "s", at={**at, "system": "ours beside Flower's functions alone"})
     yield Figure("masked input / ours", ratios(theirs, ours_spent), wanted=">= 8" if full else "", at=at)
     found = peer.ask("peak", path=str(inputs.path(size.values)), **arguments)
     yield Figure("peak memory of a masked input / float32", [found["peak"]], at=at)
+
+
+def secret_sharing(peer: Peer, *, full: bool) -> Iterator[Figure]:
+    """Flower's Shamir functions for one 32-byte secret, beside ours; reconstructing is that of SECRETS by one set of
+    holders, who have one set of coefficients."""
+    at: dict[str, Any] = {"system": "Flower's functions alone", "holders": HOLDERS, "threshold": THRESHOLD}
+    secrets = [os.urandom(32) for _ in range(SECRETS)]
+    theirs, ours = {"share": [], "reconstruct": []}, {"share": [], "reconstruct": []}
+    for _ in range(5 if full else 1):
+        with (sharing := Spent()):
+            dealt = [
+                share(each, threshold=THRESHOLD, positions=range(1, HOLDERS + 1), entropy=os.urandom)
+                for each in secrets
+            ]
+        with (rebuilding := Spent()):
+            coefficients = lagrange_coefficients(range(1, THRESHOLD + 1))
+            found = [
+                reconstruct({at: each[at] for at in coefficients}, coefficients, owner="x", who="x") for each in dealt
+            ]
+        if found != secrets:
+            raise SystemExit("a secret was not reconstructed")
+        answer = peer.ask("secrets", holders=HOLDERS, threshold=THRESHOLD)
+        for name, spent in (("share", sharing), ("reconstruct", rebuilding)):
+            ours[name].append(spent.each(SECRETS)["processor"])
+            theirs[name].append(answer[name]["processor"])
+    for name, what in (("share", "sharing a secret"), ("reconstruct", "reconstructing a secret")):
+        yield Figure(what, theirs[name], "s", at=at)
+        yield Figure(what, ours[name], "s", at={**at, "system": "ours beside Flower's functions alone"})
+        yield Figure(f"{what} / ours", ratios(theirs[name], ours[name]), wanted=">= 50", at=at)
 
 
 def unmasking(system: System, peer: Peer, inputs: Inputs, *, full: bool) -> Iterator[Figure]:
@@ -357,6 +389,7 @@ def _parts(system: System, peer: Peer, inputs: Inputs, *, full: bool) -> dict[st
     parts = {"costs": costs(system, peer, inputs, full=full)}
     if system.peer == "flower":
         parts["functions alone"] = flowers_functions(peer, inputs, full=full)
+        parts["secret sharing"] = secret_sharing(peer, full=full)
         parts["unmasking"] = unmasking(system, peer, inputs, full=full)
     return parts | {"protection": protection(system, peer, inputs)}
 
