@@ -140,7 +140,8 @@ SYSTEMS = (
         exact="exact sum of values cut to 13 bits over [-3, 3]; a warning if they are clipped",
         reads=(
             "ChaCha20 with 128 bits of key, but one keystream masks all vectors of a round (_lom.py): the researcher, "
-            "who knows the check value, reads the first value of each; keys between nodes are unsigned (_dh.py)"
+            "who knows the check value, reads the first value of each; who relays the nodes' keys can replace them: "
+            "they are agreed under a private key in the package (node/requests/_overlay.py), not tried"
         ),
         gone={BEFORE: NO_SHARES, AFTER: {"missing": 1}},
         tried={
@@ -172,7 +173,7 @@ SYSTEMS = (
         exact="exact sum modulo 2^64 of values rounded to 60 bits (for 16 sites) over [-10^5, 10^5]",
         reads=(
             "masks are PCG64 (masking/_encrypt.py), which is no cipher and goes on from round to round; keys are X3DH "
-            "with pinned Ed25519 identities; not tried"
+            "with pinned Ed25519 identities (x3dh/_setup.py); not tried"
         ),
         gone={BEFORE: NO_SHARES, AFTER: {"missing": 1}},
     ),
