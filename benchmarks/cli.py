@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from benchmarks.quotes import documents, updated
+from benchmarks.quotes import documents, grids, updated
 from benchmarks.record import Record
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, rich_markup_mode=None, help=__doc__)
@@ -53,7 +53,8 @@ def measured(name: str, *, full: bool, results: Path | None) -> Record:
     if not console.is_terminal:
         console = Console(width=120)
     record: Record = import_module(f"benchmarks.{name}").measure(full=full)
-    record.print(console)
+    for grid in grids(record):
+        grid.print(console)
     path = record.write(results)
     drawn = import_module("benchmarks.plots").draw(record, path.parent)
     console.print(f"Written: {', '.join(str(each) for each in (path, *drawn))}", soft_wrap=True)

@@ -8,14 +8,15 @@ A quoted figure is a link whose title says which figure of the JSON it is:
     [0.934 ± 0.005](../benchmarks/results/xray-private.json "columns/shared/AUC")               a path into other JSON
 
 It keeps the unit and the decimals that it is written with.  Between ``<!-- figures: NAME -->`` and
-``<!-- end of figures -->`` stands the table of all figures of ``results/NAME.json``.
+``<!-- end of figures -->`` stand the tables of ``results/NAME.json``.
 """
 
 import json
 import re
+from importlib import import_module
 from pathlib import Path
 
-from benchmarks.record import RESULTS, ROOT, Record, load, shown
+from benchmarks.record import RESULTS, ROOT, Grid, Record, load
 
 QUOTED = re.compile(r'\[([^\]]+)\]\(([^)\s]+\.json) "([^"]+)"\)')
 TABLE = re.compile(r"(<!-- figures: (\S+) -->\n).*?(<!-- end of figures -->)", re.DOTALL)
@@ -45,22 +46,17 @@ def updated(text: str, folder: Path) -> str:
         return f'[{_quoted(words, folder / link, name)}]({link} "{name}")'
 
     def table(match: re.Match[str]) -> str:
-        return match[1] + markdown(load(RESULTS / f"{match[2]}.json")) + match[3]
+        record = load(RESULTS / f"{match[2]}.json")
+        return match[1] + "\n".join(grid.markdown() for grid in grids(record)) + match[3]
 
     return QUOTED.sub(quotation, TABLE.sub(table, text))
 
 
-def markdown(record: Record) -> str:
-    """A record's table, in a document."""
-    lines = ["| figure | median | least to most | wanted |", "|---|--:|--:|---|"]
-    for each in record.figures:
-        if not each.values:
-            lines.append(f"| {each.label} | {each.text} | | {each.wanted} |")
-            continue
-        spread = f"{shown(min(each.values))} to {shown(max(each.values))}" if len(each.values) > 1 else ""
-        verdict = {None: "", True: f"{each.wanted}: met", False: f"{each.wanted}: **missed**"}[each.met]
-        lines.append(f"| {each.label} | {shown(each.median)} {each.unit}".rstrip() + f" | {spread} | {verdict} |")
-    return "\n".join(lines) + "\n"
+def grids(record: Record) -> list[Grid]:
+    """The tables of a record: those that its benchmark makes, or one of all its figures."""
+    module = import_module(f"benchmarks.{record.benchmark}")
+    made: list[Grid] = module.tables(record) if hasattr(module, "tables") else [record.grid()]
+    return made
 
 
 def _quoted(words: str, path: Path, name: str) -> str:

@@ -112,19 +112,40 @@ class Record:
         path.write_text(json.dumps(content, indent=1) + "\n")
         return path
 
-    def print(self, console: Console | None = None) -> None:
-        """As a table of medians and spread (least to most)."""
-        table = Table(title=self.title, title_justify="left")
-        for heading in ("figure", "median", "least to most", "wanted"):
-            table.add_column(heading, justify="left" if heading == "figure" else "right")
+    def grid(self) -> "Grid":
+        """All figures: medians and spread (least to most)."""
+        rows = []
         for each in self.figures:
             if not each.values:
-                table.add_row(each.label, each.text, "", each.wanted)
+                rows.append([each.label, each.text, "", each.wanted])
                 continue
             spread = f"{shown(min(each.values))} to {shown(max(each.values))}" if len(each.values) > 1 else ""
-            verdict = {None: "", True: f"{each.wanted}, met", False: f"[bold]{each.wanted}, missed[/bold]"}[each.met]
-            table.add_row(each.label, f"{shown(each.median)} {each.unit}".strip(), spread, verdict)
-        (console or Console()).print(table)
+            verdict = {None: "", True: f"{each.wanted}: met", False: f"{each.wanted}: missed"}[each.met]
+            rows.append([each.label, f"{shown(each.median)} {each.unit}".strip(), spread, verdict])
+        return Grid(self.title, ["figure", "median", "least to most", "wanted"], rows)
+
+
+@dataclass(frozen=True, slots=True)
+class Grid:
+    """A table of texts, for a terminal or a document."""
+
+    title: str
+    headings: Sequence[str]
+    rows: Sequence[Sequence[str]]
+
+    def print(self, console: Console) -> None:
+        """In a terminal."""
+        table = Table(title=self.title, title_justify="left")
+        for heading in self.headings:
+            table.add_column(heading)
+        for row in self.rows:
+            table.add_row(*row)
+        console.print(table)
+
+    def markdown(self) -> str:
+        """In a document."""
+        lines = [self.headings, ["---"] * len(self.headings), *self.rows]
+        return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
 
 def load(path: Path) -> Record:

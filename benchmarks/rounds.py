@@ -48,7 +48,7 @@ def machines(
         backend=backend,
     )
     participants = {
-        site: Participant(site=site, identity=key, parameters=parameters, journal=MemoryJournal())
+        site: Participant(site=site, identity=key, parameters=parameters, journal=MemoryJournal(), spread=spread)
         for site, key in identities.items()
     }
     return Machines(parameters, participants, Coordinator(parameters=parameters, spread=spread))

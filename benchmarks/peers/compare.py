@@ -9,6 +9,7 @@ What a peer cannot do stands in its place as a text.
 import os
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from itertools import groupby
 from pathlib import Path
@@ -20,7 +21,7 @@ from benchmarks.masking import SITES, Round
 from benchmarks.peers.answering import Answer, Spent
 from benchmarks.peers.asking import Peer, PeerRefused, PeerUnavailable
 from benchmarks.peers.ours import whole_round
-from benchmarks.record import Figure, Record, ratios
+from benchmarks.record import Figure, Grid, Record, ratios, shown
 from secureagg.parameters import Backend, choose_thresholds
 from secureagg.shamir import lagrange_coefficients, reconstruct, share
 
@@ -238,15 +239,19 @@ def costs(system: System, peer: Peer, inputs: Inputs, *, full: bool) -> Iterator
     size = system.full if full else system.quick
     at: dict[str, Any] = {"sites": size.sites, "values": size.values}
     rows = inputs.rows(size.values)
-    answers, own = by_turns(
-        peer,
-        "round",
-        inputs,
-        size,
-        system.arguments(size.sites),
-        lambda: whole_round(rows, size.sites, backend=system.against),
-        trial=system.trial,
-    )
+    threads = os.cpu_count() or 1
+    with ThreadPoolExecutor(threads) as pool:
+
+        def ours_twice() -> Answer:
+            alone = whole_round(rows, size.sites, backend=system.against)
+            if system.peer != "flower":
+                return alone
+            spread = whole_round(rows, size.sites, backend=system.against, spread=pool.map)
+            return alone | {"spread": spread["client"]["wall"]}
+
+        answers, own = by_turns(
+            peer, "round", inputs, size, system.arguments(size.sites), ours_twice, trial=system.trial
+        )
     beside = f"{OURS[system.against]} beside {system.name}"
     for name, (unit, value) in QUANTITIES.items():
         if name == "client, until its input is sent" and "input" not in answers[0]:
@@ -259,6 +264,13 @@ def costs(system: System, peer: Peer, inputs: Inputs, *, full: bool) -> Iterator
             pair = (ours, theirs) if compared.startswith("our") else (theirs, ours)
             wanted = system.wanted.get(compared, "") if full else ""  # short vectors measure what a round costs at all
             yield Figure(compared, ratios(*pair), wanted=wanted, at={"system": system.name, **at})
+
+    if "spread" in own[0]:  # as a site does it, which uses all cores
+        theirs, ours = [one["client"]["wall"] for one in answers], [one["spread"] for one in own]
+        wanted = ">= 8" if full else ""
+        yield Figure(f"client, wall time, {threads} threads", ours, "s", at={"system": beside, **at})
+        name = f"client, wall time / ours on {threads} threads"
+        yield Figure(name, ratios(theirs, ours), wanted=wanted, at={"system": system.name, **at})
 
 
 def protection(system: System, peer: Peer, inputs: Inputs) -> Iterator[Figure]:
@@ -410,3 +422,52 @@ def measure(*, full: bool) -> Record:
     order = {name: number for number, name in enumerate(dict.fromkeys(figure.name for figure in figures))}
     title = "The same updates through each system: processor time of all threads, without the network"
     return Record("peers", title, sorted(figures, key=lambda figure: order[figure.name]), full)
+
+
+# --- at a glance ---
+
+
+def tables(record: Record) -> list[Grid]:
+    """What each system costs beside ours, and what each survives and protects."""
+    names = [system.name for system in SYSTEMS]
+    costs, protected = [], []
+    for system in SYSTEMS:
+        found = {each.name: each for each in record.figures if each.at.get("system") == system.name}
+        beside = f"{OURS[system.against]} beside {system.name}"
+        own = {each.name: each for each in record.figures if each.at.get("system") == beside}
+        if "client" not in found:
+            why = next((each.text for each in found.values() if each.name in ("not measured", "costs")), "not measured")
+            costs.append([system.name, why, *[""] * 5])
+            continue
+        at = found["client"].at
+        pairs = [f"{_cell(found[name])} ({_cell(own[name])})" for name in ("client", *_IN_PAIRS)]
+        costs.append(
+            [
+                system.name,
+                f"{at['sites']} x {at['values']:,}",
+                pairs[0],
+                _cell(found["client / ours"]),
+                _cell(found["server / ours"]),
+                *pairs[1:],
+            ]
+        )
+    for name in (*names, *OURS.values()):
+        found = {each.name: each.text for each in record.figures if each.at.get("system") == name}
+        if BEFORE in found:
+            protected.append([name, *(found[each] for each in (BEFORE, AFTER, EXACT, READS))])
+    return [
+        Grid(
+            "Processor time of a client in a round, s, bytes up per parameter, and error, each with ours beside it",
+            ["system", "sites x values", "client (ours)", "client / ours", "server / ours", *_IN_PAIRS.values()],
+            costs,
+        ),
+        Record("", "What we wanted", [each for each in record.figures if each.wanted], record.full).grid(),
+        Grid("What it survives, and who can read", ["system", BEFORE, AFTER, EXACT, READS], protected),
+    ]
+
+
+_IN_PAIRS = {"bytes up per parameter": "bytes (ours)", "largest error of the mean": "error (ours)"}
+
+
+def _cell(figure: Figure) -> str:
+    return shown(figure.median)

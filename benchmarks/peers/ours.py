@@ -10,6 +10,7 @@ from benchmarks.rounds import LANE, machines
 from secureagg import SiteId, encode_input
 from secureagg.codec import decode_from_coordinator, decode_from_site, encode
 from secureagg.coordinator import MESSAGE_OF_PHASE, Outbound
+from secureagg.keystream import Spread
 from secureagg.messages import AnyMessage
 from secureagg.parameters import Backend
 from secureagg.phases import (
@@ -26,14 +27,19 @@ PHASES = tuple(MESSAGE_OF_PHASE)
 
 
 def whole_round(
-    rows: np.ndarray, sites: int, *, backend: Backend = "masked", silent: Mapping[int, str] | None = None
+    rows: np.ndarray,
+    sites: int,
+    *,
+    backend: Backend = "masked",
+    silent: Mapping[int, str] | None = None,
+    spread: Spread = map,
 ) -> Answer:
     """A round of ``sites``, the i-th with row i modulo their number; ``silent``: site -> its first unanswered phase.
 
     Measured: the first site in all phases and until its input is sent, the coordinator in all phases and in unmasking,
     both with the codec.
     """
-    made = machines(sites, rows.shape[1], backend=backend)
+    made = machines(sites, rows.shape[1], backend=backend, spread=spread)
     names = list(made.participants)
     silent_from = {names[site]: PHASES.index(phase) for site, phase in (silent or {}).items()}
     client, sending, server, unmasking, up = Spent(), Spent(), Spent(), Spent(), 0
@@ -56,7 +62,7 @@ def whole_round(
     for index, (site, participant) in enumerate(made.participants.items()):
         update = rows[index % len(rows)]
         at_site(site, participant.start)
-        at_site(site, lambda: participant.submit(encode_input(made.parameters, {LANE: update})))  # noqa: B023
+        at_site(site, lambda: participant.submit(encode_input(made.parameters, {LANE: update}, spread=spread)))  # noqa: B023
     phase: Any = coordinator.phase
     while not isinstance(phase, CoordinatorFinished | Aborted):
         now = PHASES.index(type(phase).__name__)

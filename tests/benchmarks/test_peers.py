@@ -16,7 +16,7 @@ from benchmarks.peers.answering import Spent
 from benchmarks.peers.asking import ENVIRONMENTS, HERE, NOT_INSTALLED, Peer, PeerRefused, PeerUnavailable
 from benchmarks.peers.compare import AFTER, BEFORE, SYSTEMS, Inputs, Size, compared
 from benchmarks.peers.ours import whole_round
-from benchmarks.record import Figure
+from benchmarks.record import Figure, Record
 
 SPENT = {"wall": 4.0, "processor": 2.0}
 MADE_UP = f"""
@@ -283,3 +283,26 @@ def test_an_answer_is_one_line(tmp_path):
     replies = [json.loads(line) for line in done.stdout.splitlines()[1:]]
     assert [set(each) for each in replies] == [{"not"}, {"ready"}, {"answer"}, {"answer"}]
     assert "noise" in done.stderr
+
+
+def test_tables_show_each_system_beside_ours():
+    """A system that was measured has a row with ours beside it, one that was not the reason; aims are listed."""
+    flower = {"system": "Flower SecAgg+", "sites": 16, "values": 100}
+    ours = {**flower, "system": "ours masked beside Flower SecAgg+"}
+    measured = [
+        Figure(name, [value], "s", at=at)
+        for name in ("client", "bytes up per parameter", "largest error of the mean")
+        for value, at in ((8.0, flower), (2.0, ours))
+    ]
+    figures = [
+        *measured,
+        Figure("client / ours", [4.0], wanted=">= 8", at=flower),
+        Figure("server / ours", [3.0], at=flower),
+        Figure("not measured", text="not installed; make bench-peers", at={"system": "NVFlare HE"}),
+    ]
+    costs, aims, _ = compare.tables(Record("peers", "", figures, full=True))
+    rows = {row[0]: list(row[1:]) for row in costs.rows}
+    pair = "8.00 (2.00)"
+    assert rows["Flower SecAgg+"] == ["16 x 100", pair, "4.00", "3.00", pair, pair]
+    assert rows["NVFlare HE"][0] == "not installed; make bench-peers"
+    assert [row[-1] for row in aims.rows] == [">= 8: missed"]

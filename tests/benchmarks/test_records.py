@@ -19,23 +19,23 @@ FIGURES = [
     Figure("dropouts", text="fails: the round ends"),
 ]
 QUOTED = (
-    '[2.0 s](results/some.json "time @ system=masked, sites=8"), [1 to 3](results/some.json "time @ system=masked"), '
-    '[2000 ms](results/some.json "time @ system=masked"), [2.00 ± 1.00 s](results/some.json "time @ system=masked"), '
-    '[25 %](results/some.json "share")'
+    '[2.0 s](results/noise.json "time @ system=masked, sites=8"), [1 to 3](results/noise.json "time @ system=masked"), '
+    '[2000 ms](results/noise.json "time @ system=masked"), [2.00 ± 1.00 s](results/noise.json "time @ system=masked"), '
+    '[25 %](results/noise.json "share")'
 ).replace("2000", "2,000")
 
 
 @pytest.fixture
 def some(tmp_path):
     """A record, and the folder that has its JSON in ``results``."""
-    made = Record("some", "Some figures", FIGURES, full=True)
+    made = Record("noise", "Some figures", FIGURES, full=True)
     made.write(tmp_path / "results")
     return made
 
 
 def test_every_repetition_is_written(some, tmp_path):
     """The JSON has all repetitions, where and on what they were measured; reading it gives the record again."""
-    path = tmp_path / "results" / "some.json"
+    path = tmp_path / "results" / "noise.json"
     content = json.loads(path.read_text())
     first = content["figures"][0]
     assert (first["values"], first["median"], first["least"], first["most"]) == ([3.0, 1.0, 2.0], 2.0, 1.0, 3.0)
@@ -52,17 +52,17 @@ def test_quick_runs_do_not_touch_the_committed_results(monkeypatch, tmp_path):
     """Without --full, what is written is not what documents quote."""
     monkeypatch.setattr(record, "RESULTS", tmp_path)
     monkeypatch.setattr(record, "QUICK_RESULTS", tmp_path / "quick")
-    assert Record("some", "", FIGURES, full=False).write() == tmp_path / "quick" / "some.json"
-    assert Record("some", "", FIGURES, full=True).write() == tmp_path / "some.json"
+    assert Record("noise", "", FIGURES, full=False).write() == tmp_path / "quick" / "noise.json"
+    assert Record("noise", "", FIGURES, full=True).write() == tmp_path / "noise.json"
 
 
 def test_table_says_what_was_missed(some):
     """A bound that the median does not meet is said to be missed; where there is no number the reason stands."""
     console = Console(file=io.StringIO(), width=160)
-    some.print(console)
+    some.grid().print(console)
     printed = console.file.getvalue()
-    assert re.search(r"time \(masked, 8 sites\).*2\.00 s.*1\.00 to 3\.00.*<= 2, met", printed)
-    assert re.search(r"time \(plain, 8 sites\).*<= 2, missed", printed)
+    assert re.search(r"time \(masked, 8 sites\).*2\.00 s.*1\.00 to 3\.00.*<= 2: met", printed)
+    assert re.search(r"time \(plain, 8 sites\).*<= 2: missed", printed)
     assert "fails: the round ends" in printed
 
 
@@ -111,11 +111,11 @@ def test_paths_into_other_json(tmp_path):
 @pytest.mark.parametrize(
     ("text", "error"),
     [
-        ('[1](results/some.json "nothing")', KeyError),
-        ('[1](results/some.json "time")', KeyError),
-        ('[1](results/some.json "dropouts")', KeyError),
-        ('[1 and 2](results/some.json "share")', ValueError),
-        ('[none](results/some.json "share")', ValueError),
+        ('[1](results/noise.json "nothing")', KeyError),
+        ('[1](results/noise.json "time")', KeyError),
+        ('[1](results/noise.json "dropouts")', KeyError),
+        ('[1 and 2](results/noise.json "share")', ValueError),
+        ('[none](results/noise.json "share")', ValueError),
     ],
 )
 def test_a_figure_that_is_not_there(some, tmp_path, text, error):
@@ -127,8 +127,8 @@ def test_a_figure_that_is_not_there(some, tmp_path, text, error):
 def test_tables_are_made_of_the_results(some, tmp_path, monkeypatch):
     """Between the marks stands the table of the record, whatever stood there before."""
     monkeypatch.setattr(quotes, "RESULTS", tmp_path / "results")
-    text = updated("<!-- figures: some -->\nold\n<!-- end of figures -->\n", tmp_path)
-    assert "| time (plain, 8 sites) | 5.00 s | 4.00 to 6.00 | <= 2: **missed** |" in text
+    text = updated("<!-- figures: noise -->\nold\n<!-- end of figures -->\n", tmp_path)
+    assert "| time (plain, 8 sites) | 5.00 s | 4.00 to 6.00 | <= 2: missed |" in text
     assert "old" not in text
 
 
