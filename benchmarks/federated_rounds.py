@@ -51,6 +51,7 @@ SYSTEMS = {
 PIECE_BYTES = 1 << 20
 PATIENCE = 900.0  # seconds for one federation
 VALUE_RANGE = 2.0
+MEMORY_BYTES = 512 << 20  # of messages under way: for the homomorphic backend 256 MiB hold no copy of a ResNet-18
 
 # Which functions a round's time is spent in.  What is left of a process's time is in none of them.
 STEPS = {
@@ -337,6 +338,7 @@ def _coordinator(job: _Job, results: Connection) -> None:
             state=job.folder / "state",
             report=lambda record: _report(record, lap),
             notify=lambda _: None,
+            memory_bytes=MEMORY_BYTES,
         )
 
 
@@ -348,7 +350,7 @@ def _report(record: Any, lap: Callable[[], None]) -> None:
 
 def _plain_coordinator(job: _Job, secret: bytes, initial: bytes, lap: Callable[[], None]) -> None:
     manifest = job.manifest
-    spec, limits = model_spec(manifest), transport_limits(manifest)
+    spec, limits = model_spec(manifest), transport_limits(manifest, memory_bytes=MEMORY_BYTES)
     vector = spec.from_bytes(initial, who="initial model")
     peers = {PeerId(site): card.transport_key for site, card in manifest.roster.items()}
     with listen(manifest.coordinator.address, secret_key=secret, peers=peers, limits=limits) as endpoint:
