@@ -16,7 +16,7 @@ from secureagg import (
     site_id,
 )
 from secureagg.keystream import Spread
-from secureagg.parameters import Graph
+from secureagg.parameters import Backend, Graph
 from secureagg.testing import MemoryJournal
 
 LANE = "update"
@@ -31,7 +31,9 @@ class Machines:
     coordinator: Coordinator
 
 
-def machines(sites: int, length: int, *, graph: Graph = "auto", spread: Spread = map) -> Machines:
+def machines(
+    sites: int, length: int, *, graph: Graph = "auto", spread: Spread = map, backend: Backend = "masked"
+) -> Machines:
     """``sites`` of default thresholds with one lane of ``length`` values of 16 bits in [-1, 1]."""
     identities = {site_id(f"site-{index:05d}"): Identity.generate() for index in range(sites)}
     parameters = RoundParameters.create(
@@ -43,6 +45,7 @@ def machines(sites: int, length: int, *, graph: Graph = "auto", spread: Spread =
         lanes=[Lane(name=LANE, length=length, encoding=FixedPoint(value_range=1.0, value_bits=16))],
         model_digest=bytes(32),
         graph=graph,
+        backend=backend,
     )
     participants = {
         site: Participant(site=site, identity=key, parameters=parameters, journal=MemoryJournal())
