@@ -41,7 +41,7 @@ from secureagg.upload import Upload, empty_sums
 
 BACKENDS: tuple[Backend, ...] = ("masked", "homomorphic")
 SHORT, LONG = 16, 100_000  # values of a lane in whole rounds
-FITTED_LENGTH = 1_000_000
+FITTED_LENGTH: dict[Backend, int] = {"masked": 1_000_000, "homomorphic": 100_000}
 MEMORY_FROM = 1_000_000  # values, below which a process's own ups and downs are as large
 LINKS = {"100 Mbit/s": 1e8, "1 Gbit/s": 1e9}
 SITE_SECONDS, COORDINATOR_SECONDS = "processor time of a site", "processor time of the coordinator"
@@ -256,7 +256,8 @@ def constants(measured: Mapping[Cohort, list[Figure]], fit: Sequence[Cohort], re
 
 
 def _of_values(repeats: int) -> dict[str, float]:
-    part = Part("masked", FITTED_LENGTH)
+    length = FITTED_LENGTH["masked"]
+    part = Part("masked", length)
     part.site()
     ring = part.parameters.lanes[LANE]
     vectors = encode_input(part.parameters, {LANE: part.update}).vectors
@@ -273,17 +274,17 @@ def _of_values(repeats: int) -> dict[str, float]:
     short = Part("masked", SHORT)
     work: dict[str, tuple[int, Callable[[], object]]] = {
         "setup": (SITES, short.site),
-        "encode": (FITTED_LENGTH, lambda: encode_input(part.parameters, {LANE: part.update})),
+        "encode": (length, lambda: encode_input(part.parameters, {LANE: part.update})),
         "pack": (
-            FITTED_LENGTH,
+            length,
             lambda: list(_cut(masked_and_packed(ring, vectors[LANE], []), MaskedInput.CHUNK_BYTES)),
         ),
         "mask": (SITES * words.nbytes, lambda: apply_masks(words, keys)),
         "hash": (packed, lambda: chunk_digests(chunks)),
         "take": (packed, take),
-        "add": (FITTED_LENGTH, lambda: upload[0].add_to(sums)),
+        "add": (length, lambda: upload[0].add_to(sums)),
         "release": (
-            FITTED_LENGTH,
+            length,
             lambda: _decoded(part.parameters, {LANE: unmasked_total(ring, sums[LANE], [])}),
         ),
     }
@@ -292,8 +293,7 @@ def _of_values(repeats: int) -> dict[str, float]:
 
 
 def _of_ciphertexts(repeats: int) -> dict[str, float]:
-    length = FITTED_LENGTH // 10
-    part = Part("homomorphic", length)
+    part = Part("homomorphic", FITTED_LENGTH["homomorphic"])
     part.site()
     key, layout = round_key(part.parameters, bytes(32)), part.parameters.slot_layout
     vectors = encode_input(part.parameters, {LANE: part.update}).vectors
@@ -339,8 +339,8 @@ MODELLED: dict[str, tuple[float, Callable[[Constants, Shape], float]]] = {
 def checks(
     known: Constants, measured: Mapping[Cohort, list[Figure]], fit: Sequence[Cohort], by_length: Sequence[Figure]
 ) -> list[Figure]:
-    """The relative error of each prediction, (predicted - measured) / measured, and the largest where nothing was
-    fitted."""
+    """The relative error of each prediction, (predicted - measured) / measured; then all of them where nothing was
+    fitted, without their sign."""
     figures = []
     for cohort, found in measured.items():
         used = "fitted" if cohort in fit else "checked"
@@ -349,8 +349,8 @@ def checks(
             error = predict(known, cohort.shape) / (unit * each.median) - 1
             figures.append(Figure(f"model, {used}: {each.name}", [error], at=cohort.at))
     for each in by_length:
-        if each.name == INPUT and each.at["values"] != FITTED_LENGTH:
-            x = Shape.of(SITES, int(each.at["values"]), backend=str(each.at["system"]))
+        if each.name == INPUT and each.at["values"] != FITTED_LENGTH[each.at["system"]]:
+            x = Shape.of(SITES, int(each.at["values"]), backend=each.at["system"])
             error = cost_model.input_seconds(known, x) / each.median - 1
             figures.append(Figure(f"model, checked: {INPUT}", [error], at=each.at))
     for name in dict.fromkeys(each.name for each in figures if "checked" in each.name):
