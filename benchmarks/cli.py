@@ -33,7 +33,6 @@ OVERHEAD = {
     "peers": "The same update through Flower, NVFlare, Fed-BioMed and DecLearn (`make bench-peers` installs them).",
 }
 OTHERS = {
-    "graph": "A site's and the coordinator's work as the cohort grows, on both graphs.",
     "noise": "How fast noise is drawn.",
     "transport": "Many sites, bad lines and disturbers.",
     "chaos": "Rounds of real processes that are killed, stopped and cut off.",

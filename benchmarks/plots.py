@@ -4,9 +4,11 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import matplotlib as mpl
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure as Drawing
+from matplotlib.ticker import FuncFormatter, LogFormatterMathtext, LogLocator, NullFormatter
 
-from benchmarks.record import Record
+from benchmarks.record import Record, Where
 
 # Okabe and Ito's colours, which people with any colour vision tell apart.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
@@ -151,4 +153,181 @@ def _round(record: Record) -> Iterator[tuple[str, Drawing]]:
     yield "steps", _where(record)
 
 
-DRAWN: dict[str, Draw] = {"round": _round}
+# --- lengths and cohorts ---
+
+SCALE_STYLES = {  # colour, line and marker of each system
+    "masked": (COLOURS[0], "-", "o"),
+    "masked, complete": (COLOURS[0], "-", "o"),
+    "masked, sparse": (COLOURS[5], "--", "s"),
+    "homomorphic": (COLOURS[1], "-.", "^"),
+}
+
+
+def _lines(axes: Axes, record: Record, name: str, along: str, **at: Where) -> None:
+    """One line for each system of the medians of ``name`` against ``along``, with whiskers from least to most."""
+    for system, (colour, line, marker) in SCALE_STYLES.items():
+        found = [each for each in record.figures if each.name == name and each.at.get("system") == system]
+        found = sorted((each for each in found if at.items() <= each.at.items()), key=lambda each: each.at[along])
+        if found:
+            medians = [each.median for each in found]
+            spread = [
+                [each.median - min(each.values) for each in found],
+                [max(each.values) - each.median for each in found],
+            ]
+            axes.errorbar(
+                [each.at[along] for each in found],
+                medians,
+                yerr=spread,
+                color=colour,
+                linestyle=line,
+                marker=marker,
+                markersize=3,
+                linewidth=1.2,
+                elinewidth=0.7,
+                label=system,
+            )
+    axes.set_xscale("log")
+    axes.set_yscale("log")
+    for axis in (axes.xaxis, axes.yaxis):
+        axis.set_minor_formatter(NullFormatter())
+        axis.set_major_locator(LogLocator(10, subs=(1.0,) if along == "values" or axis is axes.xaxis else (1.0, 3.0)))
+        axis.set_major_formatter(
+            FuncFormatter(lambda value, _: f"{value:,.6g}") if along == "sites" else LogFormatterMathtext()
+        )
+
+
+def _legend(drawing: Drawing, columns: int = 3) -> None:
+    """One for all panels."""
+    known = {}
+    for axes in drawing.axes:
+        handles, labels = axes.get_legend_handles_labels()
+        known |= dict(zip(labels, handles, strict=True))
+    drawing.legend(known.values(), known.keys(), loc="outside lower center", ncols=columns, fontsize=7)
+
+
+def _length(record: Record) -> Drawing:
+    """Time of an input, at the site and at the coordinator, against its length."""
+    drawing = Drawing(figsize=(TWO_COLUMNS, 2.6))
+    panels = drawing.subplots(1, 2, sharey=True)
+    for axes, (name, title) in zip(
+        panels,
+        (
+            ("processor time of a site's input", "a site"),
+            ("processor time of the coordinator for each input", "the coordinator, for each site"),
+        ),
+        strict=True,
+    ):
+        _lines(axes, record, name, "values")
+        floor = [each for each in record.figures if each.name.endswith("keystreams at the rate of AES alone")]
+        if axes is panels[0]:
+            axes.plot(
+                [each.at["values"] for each in floor],
+                [each.median for each in floor],
+                color="black",
+                linestyle=":",
+                label="AES-256-CTR alone, 16 keystreams",
+            )
+        axes.set_title(title, fontsize=8)
+        axes.set_xlabel("values in the vector")
+    panels[0].set_ylabel("processor time in s")
+    _legend(drawing)
+    return drawing
+
+
+def _sites(record: Record) -> Drawing:
+    """Time and bytes of a whole round against the number of sites."""
+    drawing = Drawing(figsize=(TWO_COLUMNS, 4.3))
+    most = max(int(each.at["values"]) for each in record.figures if each.name == "up from a site")
+    for axes, (name, title, label, values) in zip(
+        drawing.subplots(2, 2, sharex=True).flat,
+        (
+            ("processor time of a site", f"a site, {most:,} values", "processor time in s", most),
+            ("processor time of the coordinator", f"the coordinator, {most:,} values", "processor time in s", most),
+            ("up from a site", "up from a site, 16 values: keys, shares, signatures", "KB", 16),
+            ("down to a site", "down to a site, 16 values", "KB", 16),
+        ),
+        strict=True,
+    ):
+        _lines(axes, record, name, "sites", values=values)
+        axes.set_title(title, fontsize=8)
+        axes.set_ylabel(label)
+        if values == 16:
+            axes.set_xlabel("sites")
+    _legend(drawing)
+    return drawing
+
+
+def _memory(record: Record) -> Drawing:
+    """Peak memory against the length of the vector."""
+    drawing = Drawing(figsize=(TWO_COLUMNS, 2.2))
+    panels = drawing.subplots(1, 2, sharey=True)
+    for axes, who in zip(panels, ("a site", "the coordinator"), strict=True):
+        _lines(axes, record, f"peak memory of {who} / float32", "values")
+        axes.set_yscale("linear")
+        axes.set_title(who, fontsize=8)
+        axes.set_xlabel("values in the vector")
+    panels[0].set_ylim(bottom=0)
+    panels[0].set_ylabel("peak / float32 vector")
+    _legend(drawing)
+    return drawing
+
+
+def _predicted(record: Record) -> Drawing:
+    """How far the cost model is off, and what it says of a site over two links."""
+    drawing = Drawing(figsize=(TWO_COLUMNS, 3.0))
+    errors, times = drawing.subplots(1, 2)
+    names = ["processor time of a site", "processor time of the coordinator", "up from a site", "down to a site"]
+    for place, name in enumerate(names):
+        for kind, colour, marker, side in (("fitted", "#888888", "x", -0.15), ("checked", COLOURS[0], "o", 0.15)):
+            found = [each.median for each in record.figures if each.name == f"model, {kind}: {name}"]
+            errors.plot(
+                [100 * each for each in found],
+                [place + side] * len(found),
+                color=colour,
+                marker=marker,
+                markersize=3.5,
+                linestyle="",
+                markerfacecolor="none",
+                label=f"{kind} rounds" if place == 0 else None,
+            )
+    errors.set_yticks(range(len(names)), ["site, time", "coordinator, time", "site, up", "site, down"])
+    errors.invert_yaxis()
+    errors.axvline(0, color="black", linewidth=0.7)
+    errors.set_xlabel("predicted beyond measured in %")
+    figures = [each for each in record.figures if each.name == "predicted: a site's time, model and input included"]
+    for sites, colour in zip((16, 1000, 10_000), (COLOURS[0], COLOURS[1], COLOURS[2]), strict=True):
+        for link, line in (("100 Mbit/s", "--"), ("1 Gbit/s", "-")):
+            found = [each for each in figures if each.at["sites"] == sites and each.at["link"] == link]
+            times.loglog(
+                [each.at["values"] for each in found],
+                [each.median for each in found],
+                color=colour,
+                linestyle=line,
+                linewidth=1.2,
+                label=f"{sites:,} sites, {link}",
+            )
+            for each in found:
+                measured = each.at["range"] == "measured"
+                times.plot(
+                    each.at["values"],
+                    each.median,
+                    "o",
+                    markersize=3.5,
+                    color=colour,
+                    markerfacecolor=colour if measured else "white",
+                )
+    times.set_xlabel("values in the vector")
+    times.set_ylabel("predicted time of a site in s")
+    times.set_title("hollow: beyond what was measured", fontsize=8)
+    _legend(drawing, columns=4)
+    return drawing
+
+
+def _scale(record: Record) -> Iterator[tuple[str, Drawing]]:
+    yield "length", _length(record)
+    yield "sites", _sites(record)
+    yield "memory", _memory(record)
+    yield "model", _predicted(record)
+
+
+DRAWN: dict[str, Draw] = {"round": _round, "scale": _scale}

@@ -111,7 +111,11 @@ def where(laps: Mapping[str, Sequence[Lap]]) -> list[Figure]:
     for system, taken in laps.items():
         split: dict[str, list[Mapping[str, float]]] = {
             "site": [
-                {name: fmean(each.steps[name] for each in lap.sites) for name in lap.sites[0].steps} for lap in taken
+                {
+                    name: fmean(each.steps.get(name, 0.0) for each in lap.sites)
+                    for name in sorted(set().union(*(each.steps for each in lap.sites)))
+                }
+                for lap in taken
             ],
             "coordinator": [lap.coordinator.steps for lap in taken],
         }
