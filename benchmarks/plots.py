@@ -52,7 +52,7 @@ STEPS = {
     "keys, shares, signatures": ("#F0E442", ("keys, shares", "sign, verify", "rebuild secrets")),
     "encode, decode": (COLOURS[4], ("encode", "decode")),
     "masks": (COLOURS[0], ("masks",)),
-    "pack, unpack, add": (COLOURS[5], ("pack", "unpack, add")),
+    "pack; unpack or load, add": (COLOURS[5], ("pack", "unpack, add")),
     "hash": (COLOURS[3], ("hash",)),
     "encrypt, decrypt (BFV)": (COLOURS[1], ("encrypt, decrypt (BFV)",)),
     "model": (COLOURS[2], ("model",)),
