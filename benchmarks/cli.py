@@ -38,7 +38,6 @@ MORE = {
     "recipe": "The figures of `secureagg demo`, over seeds.",
 }
 OTHERS = {
-    "graph": "A site's and the coordinator's work as the cohort grows, on both graphs.",
     "transport": "Many sites, bad lines and disturbers.",
     "chaos": "Rounds of real processes that are killed, stopped and cut off.",
     "utility": "What each privacy mode costs in quality.",

@@ -26,6 +26,7 @@ from secureagg.keystream import Spread
 from secureagg.masking import apply_masks, unmasked_total
 from secureagg.messages import MaskedInput
 from secureagg.packing import add_packed
+from secureagg.parameters import Backend
 from secureagg.phases import CollectingMaskedInputs
 
 SITES = 16
@@ -73,8 +74,8 @@ def masks(length: int, repeats: int) -> list[Figure]:
 class Round:
     """A round of SITES sites with one long lane, up to the masked inputs."""
 
-    def __init__(self, length: int, spread: Spread = map) -> None:
-        made = machines(SITES, length, spread=spread)
+    def __init__(self, length: int, spread: Spread = map, backend: Backend = "masked") -> None:
+        made = machines(SITES, length, spread=spread, backend=backend)
         self.parameters, self.participants, self.coordinator = made.parameters, made.participants, made.coordinator
         pending = [(site, message) for site, one in self.participants.items() for message in one.start()]
         while not isinstance(self.coordinator.phase, CollectingMaskedInputs):

@@ -129,7 +129,8 @@ class Round:
                 f"{privacy.epsilon:g}, since the consortium's privacy mode is local"
             )
         who = f"state submitted to round {self.number}"
-        update = self._session.spec.flatten(state, who=who).astype(np.float64) - self._task.vector
+        update = self._session.spec.flatten(state, who=who)
+        update -= self._task.vector  # in float32: off by no more than the state itself is, and without another vector
         try:
             encoded = encode_input(
                 self._task.parameters,
@@ -494,6 +495,7 @@ class _Session:
             else:
                 self._silent_since = time.monotonic()
                 self._take(delivery.frames)
+                del delivery  # it may be the model
             with self._changed:
                 inbox, self._inbox = self._inbox, []
             for task, encoded in inbox:

@@ -11,6 +11,7 @@ Which chunks come at all, and again after a connection broke, is up to ``transpo
 
 import struct
 from bisect import bisect_right
+from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import accumulate
@@ -129,22 +130,37 @@ class Reassembler:
         self._received += len(chunk)
         if self._received < total:
             return None
-        stream = b"".join(self._parts)
+        stream = _Stream(self._parts)
         self._reset()
-        return self._frames(memoryview(stream), who)
+        return self._frames(stream, total, who)
 
-    def _frames(self, stream: memoryview, who: str) -> tuple[bytes, ...]:
-        if len(stream) < _COUNT.size:
-            raise MalformedFrame(f"{who}: a message of {len(stream)} bytes, expected at least {_COUNT.size}")
-        (count,) = _COUNT.unpack_from(stream)
+    def _frames(self, stream: "_Stream", total: int, who: str) -> tuple[bytes, ...]:
+        if total < _COUNT.size:
+            raise MalformedFrame(f"{who}: a message of {total} bytes, expected at least {_COUNT.size}")
+        (count,) = _COUNT.unpack(stream.take(_COUNT.size))
         start = _COUNT.size + count * _LENGTH.size
-        if not 0 < count <= self._limits.frames or start > len(stream):
-            raise MalformedFrame(f"{who}: a message that announces {count} frames in {len(stream)} bytes")
-        lengths = [_LENGTH.unpack_from(stream, _COUNT.size + index * _LENGTH.size)[0] for index in range(count)]
-        if start + sum(lengths) != len(stream):
-            raise MalformedFrame(f"{who}: frames of {sum(lengths)} bytes in a message with {len(stream) - start}")
-        frames = []
-        for length in lengths:
-            frames.append(bytes(stream[start : start + length]))
-            start += length
-        return tuple(frames)
+        if not 0 < count <= self._limits.frames or start > total:
+            raise MalformedFrame(f"{who}: a message that announces {count} frames in {total} bytes")
+        lengths = [_LENGTH.unpack(stream.take(_LENGTH.size))[0] for _ in range(count)]
+        if start + sum(lengths) != total:
+            raise MalformedFrame(f"{who}: frames of {sum(lengths)} bytes in a message with {total - start}")
+        return tuple(stream.take(length) for length in lengths)
+
+
+class _Stream:
+    """The bytes of ``parts`` one after the other, each copied once."""
+
+    def __init__(self, parts: list[bytes]) -> None:
+        self._parts = deque(map(memoryview, parts))
+
+    def take(self, size: int) -> bytes:
+        """The next ``size`` bytes, which there must be."""
+        taken: list[memoryview] = []
+        while size > 0:
+            part = self._parts.popleft()
+            if len(part) > size:
+                self._parts.appendleft(part[size:])
+                part = part[:size]
+            taken.append(part)
+            size -= len(part)
+        return b"".join(taken)

@@ -1,18 +1,22 @@
-"""What the participant loop does with a masked input: header first, then chunk by chunk, each given free at once."""
+"""What the participant loop does with what is long: a masked input goes header first, then chunk by chunk, and neither
+that nor a model is held longer, or more often, than it has to be."""
 
 import threading
 import tracemalloc
+import weakref
 from collections.abc import Sequence
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 
 from secureagg import SiteId
 from secureagg.codec import decode_from_site, encode
 from secureagg.messages import KeyAdvertisement, MaskedInput
-from sites import control
-from sites.participant_loop import LOG, _Session
+from sites import control, participant_loop
+from sites.model_state import ModelSpec
+from sites.participant_loop import LOG, Round, _Session
 from transport import PeerId
 
 CHUNKS, SIZE = 16, 1 << 20
@@ -111,3 +115,59 @@ def test_no_hello_while_something_waits(waiting: int, due: float, said: int) -> 
     session._hello_due = due
     session._say_hello()
     assert heard == [control.CONTROL] * said
+
+
+def test_a_submitted_state_becomes_one_vector(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is encoded is the difference to the global model, and the only vector that is made of the state."""
+    length = 1 << 20
+    model = np.linspace(-1, 1, length, dtype=np.float32)
+    session = SimpleNamespace(
+        site=SimpleNamespace(
+            manifest=SimpleNamespace(
+                privacy=SimpleNamespace(shares_noise=False, mode="none"), training=SimpleNamespace(rounds=1)
+            )
+        ),
+        spec=ModelSpec.of({"weight": (length,)}),
+        spread=map,
+        hand_over=lambda _task, _encoded: None,
+    )
+    parameters = SimpleNamespace(run="run", round_number=1)
+    training_round = Round(session=session, task=SimpleNamespace(parameters=parameters, vector=model, counts={}))
+    given: list[np.ndarray] = []
+    monkeypatch.setattr(
+        participant_loop, "encode_input", lambda _parameters, values, **_: given.append(values[participant_loop.UPDATE])
+    )
+    trained = {"weight": training_round.global_state["weight"] + 0.25}
+    tracemalloc.start()
+    try:
+        training_round.submit(trained, examples=1)
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert np.abs(given[0] - 0.25).max() < 1e-6
+    assert peak < 1.1 * model.nbytes
+
+
+def test_what_was_taken_is_not_held_while_waiting() -> None:
+    """A message that was dealt with is gone while the session waits for the next one: it may be the model."""
+
+    class Message:
+        frames = (control.CONTROL,)
+
+    held: list[weakref.ref[Message]] = []
+    alive: list[bool] = []
+    session = _Session.__new__(_Session)
+    session._stop, session._changed, session._inbox, session._over = threading.Event(), threading.Condition(), [], True
+    session._say_hello, session._take = lambda: None, lambda _frames: None
+
+    def receive(_seconds: float) -> Message:
+        alive.extend(each() is not None for each in held)
+        if alive:
+            session._stop.set()
+        message = Message()
+        held.append(weakref.ref(message))
+        return message
+
+    session._endpoint = SimpleNamespace(receive=receive)
+    session._loop()
+    assert alive == [False]

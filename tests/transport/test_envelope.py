@@ -298,3 +298,19 @@ def test_defaults():
     assert Limits() == Limits(chunk_bytes=1 << 18, message_bytes=8 << 20, frames=4096, memory_bytes=256 << 20)
     assert Limits().of_site == Limits()
     assert Limits(to_site_bytes=5).of_site.message_bytes == 5
+
+
+def test_a_message_is_put_together_with_one_copy() -> None:
+    """What comes in is copied once, from the chunks into its frames: models are long, and sites' memory is not."""
+    limits = Limits(chunk_bytes=1 << 16, message_bytes=8 << 20)
+    frames = (b"tag", bytes(4 << 20))
+    chunks = list(split(frames, number=1, limits=limits))
+    reassembler = Reassembler(limits)
+    tracemalloc.start()
+    try:
+        found = [reassembler.take(header, chunk, who=WHO) for header, chunk in chunks]
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert found == [None] * (len(chunks) - 1) + [frames]
+    assert peak < 1.1 * (4 << 20)
