@@ -115,7 +115,7 @@ def lanes(census: Census) -> list[Lane]:
 
 
 def count_patients(index: "DicomIndex", labels: "Labels | None", census: Census) -> Counted:
-    """How many of an index's patients are in each cell; those with none are left out.
+    """How many of an index's patients are in each cell, in the order of ``cells``; those with none are left out.
 
     A patient is in the one band that all images share, or in "several".  Raises DatasetError where there is no patient,
     or labels are not those of the manifest.
@@ -144,7 +144,11 @@ def count_patients(index: "DicomIndex", labels: "Labels | None", census: Census)
                 kinds.setdefault(f"{LABEL}{target.name}", {}).setdefault(image.patient, set()).add(label)
     counted = {name: _one_each(patients.values()) for name, patients in kinds.items()}
     sizes = (next((name for name, most in _IMAGES if count <= most), _MOST_IMAGES) for count in images.values())
-    return {**counted, "images_per_patient": dict(Counter(sizes))}
+    counted["images_per_patient"] = dict(Counter(sizes))
+    return {
+        name: {cell: counted[name][cell] for cell in own if cell in counted[name]}
+        for name, own in cells(census).items()
+    }
 
 
 def _one_each(patients: Iterable[set[str]]) -> dict[str, int]:

@@ -521,7 +521,7 @@ def _print_manifest(manifest: "Manifest") -> None:
     sections = ("policy", "encoding", "evaluation", "training", "privacy", "noise", "images", "census", "deadlines")
     tables = msgspec.to_builtins(manifest)
     for section, fields in ((section, tables[section]) for section in sections if section in tables):
-        table.add_row(section, ", ".join(f"{name} {value}" for name, value in fields.items()))
+        table.add_row(section, ", ".join(f"{name} {_told(value)}" for name, value in fields.items()))
     shapes = ", ".join(f"{tensor.name} {'x'.join(map(str, tensor.shape))}" for tensor in manifest.model.tensors)
     table.add_row("model", shapes)
     table.add_row("coordinator", f"{manifest.coordinator.name} at {manifest.coordinator.address}")
@@ -530,6 +530,17 @@ def _print_manifest(manifest: "Manifest") -> None:
     table.add_row("sites", ", ".join(sites))
     out.print(table)
     out.print(f"digest {manifest.digest.hex()}", soft_wrap=True)
+
+
+def _told(value: object) -> str:
+    """A field of a manifest, with what is inside it, as people read it."""
+    if isinstance(value, dict):
+        return f"({', '.join(f'{name} {_told(part)}' for name, part in value.items())})"
+    if isinstance(value, list | tuple):
+        return " and ".join(map(_told, value)) or "none"
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    return "none" if value is None else str(value)
 
 
 def _print_round(record: "RoundRecord") -> None:
@@ -543,7 +554,9 @@ def _print_round(record: "RoundRecord") -> None:
     metric = "" if auc is None else f", AUC of the model before it {auc:.3f}"
     if record.personal_metrics is not None and record.personal_metrics.auc is not None:
         metric += f", of the sites' own models {record.personal_metrics.auc:.3f}"
-    dropped = "".join(f", {site} stopped answering in {phase}" for site, phase in sorted(record.dropped.items()))
+    # Who has nothing to give leaves those rounds.
+    gone = "left" if record.purpose in ("personalise", "census") else "stopped answering"
+    dropped = "".join(f", {site} {gone} in {phase}" for site, phase in sorted(record.dropped.items()))
     _say(f"round {record.number}, {what}: {len(record.survivors)} sites summed in {seconds:.1f} s{metric}{dropped}")
 
 

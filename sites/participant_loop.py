@@ -321,8 +321,8 @@ def join(config: str | Path, *, evaluate: Evaluate | None = None, personalise: P
 
     ``evaluate``: takes a global state and returns the held-out examples' scores in [0, 1] and their 0/1 labels, for the
     consortium's summed metrics; without it this site contributes zeros.  ``personalise``: takes the final state and the
-    name of the run, and returns this site's own version of it; called where the manifest has personal models evaluated,
-    at most once; without it, or if it returns None, this site is not in that sum.  Raises the errors of ``open_site``:
+    name of the run, and returns this site's own version of it; called where the manifest has personal models evaluated;
+    without it, or if it returns None, this site is not in that sum.  Raises the errors of ``open_site``:
     keys, manifest and signatures are checked before anything is sent.
     """
     return Federation(open_site(Path(config)), evaluate=evaluate, personalise=personalise)

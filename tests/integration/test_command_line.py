@@ -16,6 +16,7 @@ from support.commands import run_command
 from support.ledgers import reserve, with_sqlite
 
 from dp.ledger import Ledger, read_ledger, verify
+from sites.cli import _told
 from sites.demo import free_port
 from sites.keys import generate_keys, load_keys, save_keys
 from sites.manifest import Manifest
@@ -179,6 +180,13 @@ def test_show(run: Run, consortium: Path) -> None:
     assert status == 0
     assert Manifest.load(consortium / "manifest.toml").digest.hex() in out
     assert out.count("(signed)") == 3
+
+
+def test_what_is_inside_a_field_is_shown_in_words() -> None:
+    """`consortium show` prints no Python: tables in parentheses, lists with "and", yes, no and none."""
+    field = {"shape": (28, 28), "spacing": None, "targets": [{"name": "x", "on": True, "off": False}], "views": []}
+    told = "(shape 28 and 28, spacing none, targets (name x, on yes, off no), views none)"
+    assert _told(field) == told
 
 
 def test_manifest_not_signed_by_all(run: Run, consortium: Path) -> None:

@@ -14,6 +14,8 @@ from PIL import Image
 from support.commands import run_command
 from support.dicom_files import image, save, slices
 
+from sites.datasets.dicom.summary import _place
+
 Run = Callable[..., tuple[int, str, str]]
 
 
@@ -111,6 +113,13 @@ def test_the_command_line_needs_neither_torch_nor_pydicom() -> None:
     subprocess.run([sys.executable, "-c", program], check=True)
 
 
+def test_bands_are_shown_in_their_order() -> None:
+    """Bands of numbers come from the least to the most, whatever has none behind them, otherwise as it was."""
+    found = ["unknown", "80 years or more", "10 to 20 years", "below 10 years"]
+    assert sorted(found, key=_place) == ["below 10 years", "10 to 20 years", "80 years or more", "unknown"]
+    assert sorted(["ge", "agfa"], key=_place) == ["ge", "agfa"]
+
+
 def test_phantoms_are_inspected_without_a_refusal(run: Run, tmp_path: Path) -> None:
     """`data phantom` writes what `data inspect` takes as it is, labels included, and the truth beside it."""
     status, out, error = run(
@@ -132,3 +141,5 @@ def test_phantoms_are_inspected_without_a_refusal(run: Run, tmp_path: Path) -> N
     assert (found["images"], found["patients"], found["volumes"], found["decoded"]) == (10, 5, 5, 10)
     assert found["refused"] == found["not_decoded"] == found["no_volume"] == {}
     assert found["labels"]["disease"]["no label"] == 0
+    ages = list(found["descriptors"]["age"])
+    assert ages == sorted(ages)

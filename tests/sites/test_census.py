@@ -89,6 +89,8 @@ def test_each_patient_is_counted_once_per_variable(tmp_path: Path) -> None:
     assert found["modality"] == {"DX": 3}
     assert found["images_per_patient"] == {"2 to 3": 2, "1": 1}
     assert found["label finding"] == {"no label": 2, "yes": 1}
+    for name, own in census.cells(PLAN).items():
+        assert list(found[name]) == [cell for cell in own if cell in found[name]]
     assert found.keys() == census.cells(PLAN).keys()
     assert {sum(own.values()) for own in found.values()} == {3}
     census.encode(found, PLAN)

@@ -5,7 +5,7 @@ Nothing here names anybody, but a count of one says something of one person: it 
 
 from collections import Counter
 from io import BytesIO
-from math import isnan
+from math import inf, isnan
 from statistics import median
 from typing import Final
 
@@ -161,7 +161,14 @@ def _patients_by_band(index: DicomIndex, field: str) -> dict[str, int]:
     bands: dict[str, set[bytes]] = {}
     for image in index.images:
         bands.setdefault(getattr(image.header.descriptors, field), set()).add(image.patient)
-    return _by_count(Counter({band: len(patients) for band, patients in bands.items()}))
+    counts = _by_count(Counter({band: len(patients) for band, patients in bands.items()}))
+    return dict(sorted(counts.items(), key=lambda found: _place(found[0])))
+
+
+def _place(band: str) -> tuple[float, bool]:
+    """Where a band of numbers is among its like; what is none comes behind, as it was."""
+    numbers = (int(word) for word in band.split() if word.isdigit())
+    return next(numbers, inf), not band.startswith("below")
 
 
 def _by_count(counts: Counter[Reason] | Counter[str]) -> dict[str, int]:
