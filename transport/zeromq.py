@@ -497,7 +497,9 @@ class DealerEndpoint(_ZmqEndpoint):
         socket.connect(self._address)
         if self._link.epoch == UNKNOWN:
             self._link.restart()
-        socket.send_multipart([self._link.frame(Kind.RESUME).packed], zmq.DONTWAIT)
+        # A coordinator that refuses this site may have done so already: no pipe is left then; the monitor knows why.
+        with suppress(zmq.Again):
+            socket.send_multipart([self._link.frame(Kind.RESUME).packed], zmq.DONTWAIT)
 
     def _give_up(self) -> None:
         """Close this connection, and wait before the next."""

@@ -165,6 +165,21 @@ def test_a_stranger_is_not_admitted(hospital):
     passes(hospital.connect(coordinator.address, ANNA), coordinator, ANNA)
 
 
+def test_refused_before_a_word_is_said(hospital, monkeypatch):
+    """A site that is refused before it has sent anything, as happens on a busy machine, says why, too."""
+    coordinator = hospital.listen()
+    connect = zmq.Socket.connect
+
+    def slowly(socket, address):
+        connect(socket, address)
+        deadline = time.monotonic() + PATIENCE
+        while address == coordinator.address and socket.poll(1, zmq.POLLOUT):  # until libzmq has taken the pipe away
+            assert time.monotonic() < deadline
+
+    monkeypatch.setattr(zmq.Socket, "connect", slowly)
+    assert "does not admit" in silence(hospital.connect(coordinator.address, "stranger"), "does not admit")
+
+
 def test_wrong_server_key(hospital):
     """A site that expects another coordinator's key sends nothing to this one, says why, and closes quickly."""
     coordinator = hospital.listen()
