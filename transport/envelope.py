@@ -151,7 +151,7 @@ class _Stream:
     """The bytes of ``parts`` one after the other, each copied once."""
 
     def __init__(self, parts: list[bytes]) -> None:
-        self._parts = deque(map(memoryview, parts))
+        self._parts: deque[memoryview] = deque(memoryview(part) for part in parts)
 
     def take(self, size: int) -> bytes:
         """The next ``size`` bytes, which there must be."""
