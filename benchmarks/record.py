@@ -148,6 +148,16 @@ class Grid:
         return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
 
+def across(title: str, figures: Sequence[Figure], key: str) -> Grid:
+    """The medians of ``figures``: a row for each name, a column for each value of ``key`` that they are measured at."""
+    columns = list(dict.fromkeys(str(each.at[key]) for each in figures))
+    rows: dict[str, dict[str, str]] = {}
+    for each in figures:
+        name = f"{each.name}, {each.unit}" if each.unit else each.name
+        rows.setdefault(name, {})[str(each.at[key])] = shown(each.median)
+    return Grid(title, ["", *columns], [[name, *(row.get(each, "") for each in columns)] for name, row in rows.items()])
+
+
 def load(path: Path) -> Record:
     """A record that ``write`` wrote."""
     content = json.loads(path.read_text())

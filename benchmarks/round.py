@@ -10,6 +10,7 @@ import math
 import time
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from statistics import fmean, median
 
 import numpy as np
@@ -17,7 +18,7 @@ import numpy as np
 from benchmarks import limits
 from benchmarks.federated_rounds import OTHER, PLAIN, SYSTEMS, Lap, federate, resnet18
 from benchmarks.masking import MASK_BYTES, raw_cipher
-from benchmarks.record import Figure, Record, ratios
+from benchmarks.record import Figure, Grid, Record, across, ratios
 from benchmarks.turns import by_turns
 
 MASKED_INPUT = ("encode", "masks", "pack", "hash", "sign, verify")  # the steps of what `masking` calls a masked input
@@ -157,3 +158,21 @@ def measure(*, full: bool) -> Record:
     ]
     title = f"A round of {sites} sites with {length:,} values of 16 bits, each site and the coordinator a process"
     return Record("round", title, figures, full)
+
+
+def tables(record: Record) -> list[Grid]:
+    """What a round costs in each system, the limits beside it, and where its processor time goes."""
+    steps = [each for each in record.figures if "who" in each.at]
+    systems = [each for each in record.figures if "system" in each.at and each not in steps]
+    ratios_to_plain = [each for each in systems if each.name.endswith(", of plain's")]
+    limits_and_floors = [each for each in record.figures if "system" not in each.at]
+    by_machine = [
+        replace(each, name=each.name.removeprefix("step: "), at={"machine": f"{each.at['system']}, {each.at['who']}"})
+        for each in steps
+    ]
+    return [
+        across(record.title, [each for each in systems if each not in ratios_to_plain], "system"),
+        across("The same, of plain's in the same turn", ratios_to_plain, "system"),
+        replace(record, title="What the machine can do, and what is beyond it", figures=limits_and_floors).grid(),
+        across("Where a round's processor time goes: profiled, s", by_machine, "machine"),
+    ]
