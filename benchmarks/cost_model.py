@@ -13,7 +13,9 @@ sites that drop out before their input (k = n - 1 on the complete graph):
                            + n member + n k edge + sets t^2 coefficient + (pairwise ones of r) agreement
                            with 1 set of holders on the complete graph, whose coefficients serve all, else n
     up from a site         p + 32 digests of chunks + up + v up_neighbour + k up_holder
-    down to a site         down + v down_neighbour + k down_holder
+    down to a site         down + v down_neighbour + k down_holder, and on the sparse graph
+                           (v k + 2 k^2) down_entry: lists of k positions, of each neighbour's draw, in the statement
+                           of each dealer and in that of each holder
 
     a site's input alone   d (encode + pack) + d w (1 + v) mask + p hash + (1 + v) setup, which neighbour has in it
 
@@ -74,6 +76,7 @@ class Constants:
     down: float
     down_neighbour: float
     down_holder: float
+    down_entry: float
     # of the coordinator's messages and secrets
     member: float
     edge: float
@@ -164,7 +167,12 @@ COORDINATOR: Terms = {
     "agreement": lambda x: x.pairs,
 }
 UP: Terms = {"up": lambda _: 1, "up_neighbour": lambda x: x.v, "up_holder": lambda x: x.k}
-DOWN: Terms = {"down": lambda _: 1, "down_neighbour": lambda x: x.v, "down_holder": lambda x: x.k}
+DOWN: Terms = {
+    "down": lambda _: 1,
+    "down_neighbour": lambda x: x.v,
+    "down_holder": lambda x: x.k,
+    "down_entry": lambda x: x.v * x.k + 2 * x.k**2 if x.sparse else 0,
+}
 
 
 def _sum(terms: Terms, constants: Constants, shape: Shape) -> float:
@@ -174,7 +182,8 @@ def _sum(terms: Terms, constants: Constants, shape: Shape) -> float:
 def fitted(terms: Terms, measured: Sequence[tuple[Shape, float]]) -> dict[str, float]:
     """The constants of ``terms``, none below zero, with the least squared relative error over some measurements."""
     rows = np.array([[of(shape) / found for of in terms.values()] for shape, found in measured])
-    scale = np.linalg.norm(rows, axis=0)  # so that large features do not drown small ones
+    # So that large features do not drown small ones.
+    scale = np.maximum(np.linalg.norm(rows, axis=0), np.finfo(float).tiny)
     solved, _ = nnls(rows / scale, np.ones(len(rows)))
     return dict(zip(terms, (solved / scale).tolist(), strict=True))
 

@@ -83,10 +83,10 @@ STEPS = {
     ],
     "rebuild secrets": ["secureagg.coordinator:Coordinator._recover", "secureagg.coordinator:Coordinator._masks"],
     "pack": ["secureagg.packing:pack", "secureagg.participant:_cut"],
-    "encrypt, decrypt (BFV)": [
+    "ciphertexts (BFV)": [
         *("secureagg.homomorphic:masked_and_encrypted", "secureagg.homomorphic:SumReader.take"),
         *("secureagg.homomorphic:SumReader.totals", "secureagg.homomorphic:CiphertextSum.chunks"),
-        "secureagg.homomorphic:CiphertextSum.add_slots",
+        *("secureagg.homomorphic:CiphertextSum.add", "secureagg.homomorphic:CiphertextSum.add_slots"),
     ],
     "hash": [
         *("hashlib:sha256", "secureagg.labels:digest", "secureagg.homomorphic:sum_digest"),
@@ -94,8 +94,7 @@ STEPS = {
     ],
     "spool": ["secureagg.upload:Upload.take", "secureagg.upload:Upload._read"],
     "unpack, add": [
-        *("secureagg.packing:add_packed", "secureagg.homomorphic:CiphertextSum.add"),
-        "benchmarks.federated_rounds:_add_piece",
+        *("secureagg.packing:add_packed", "benchmarks.federated_rounds:_add_piece"),
     ],
     "decode": ["secureagg.aggregate:aggregate_of"],
     "model": [

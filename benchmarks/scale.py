@@ -399,15 +399,8 @@ def _cohorts(*, full: bool) -> tuple[list[Cohort], list[Cohort]]:
         for graph, sizes in (("complete", complete), ("sparse", sparse))
         for sites in sizes
     ]
-    fit = [
-        each
-        for each in wanted
-        if each.values == SHORT
-        and each.sites
-        in ({"complete": (5, 20, 100), "sparse": (100, 500)} if full else {"complete": (3, 10, 100), "sparse": (100,)})[
-            each.graph
-        ]
-    ]
+    fitted = {"complete": (3, 20, 100), "sparse": (100, 500)} if full else {"complete": (3, 10, 100), "sparse": (100,)}
+    fit = [each for each in wanted if each.values == SHORT and each.sites in fitted[each.graph]]
     homomorphic = [Cohort(sites, LONG, "complete", "homomorphic", repeats(sites)) for sites in complete if sites <= 20]
     return wanted + homomorphic, fit
 

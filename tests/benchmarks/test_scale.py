@@ -86,6 +86,10 @@ def test_bytes_and_links_by_hand() -> None:
     up, down = 200 + 32 * 200 / 2**20 + 10 + 4 + 8, 20 + 12 + 16
     assert math.isclose(cost_model.bytes_up(known, ROUND), up)
     assert math.isclose(cost_model.bytes_down(known, ROUND), down)
+    lists = replace(NONE, down_entry=1.0)
+    assert cost_model.bytes_down(lists, ROUND) == 0
+    sparse = replace(ROUND, sparse=True, n=9)
+    assert math.isclose(cost_model.bytes_down(lists, sparse), sparse.v * 4 + 2 * 16)
     site, coordinator = cost_model.round_seconds(known, ROUND, bits_per_second=8.0)
     assert math.isclose(site, up + down + 320)
     assert math.isclose(coordinator, 5 * (up + down + 320))
