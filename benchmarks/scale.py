@@ -14,7 +14,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import fmean, median
 from tempfile import TemporaryFile
@@ -24,7 +24,7 @@ import numpy as np
 from benchmarks import cost_model, limits
 from benchmarks.cost_model import Constants, Shape
 from benchmarks.masking import MASK_BYTES, SITES, Round, raw_cipher
-from benchmarks.record import Figure, Record
+from benchmarks.record import Figure, Grid, Record, across
 from benchmarks.rounds import LANE, machines
 from benchmarks.turns import by_turns, seconds
 from secureagg import encode_input
@@ -430,3 +430,40 @@ def measure(*, full: bool) -> Record:
         figures,
         full,
     )
+
+
+def tables(record: Record) -> list[Grid]:
+    """Against the length and the number of sites, how far the cost model is off, and what it predicts."""
+    lengths, cohorts, predicted, rest = [], [], [], []
+    for each in record.figures:
+        if each.name.startswith("predicted: "):
+            predicted.append(each)
+        elif each.name.startswith(("model", "constant")):
+            rest.append(each)
+        else:
+            (cohorts if "sites" in each.at else lengths).append(each)
+    constants = [each for each in rest if each.name.startswith("constant")]
+    errors = [
+        replace(each, name=each.name.removeprefix("model, checked: "))
+        for each in rest
+        if not each.at and each not in constants
+    ]
+    return [
+        across(f"Values in the vector, {SITES} sites", _rows(lengths, "values"), "values"),
+        across("Sites in a whole round, a tenth of them gone where so many may be", _rows(cohorts, "sites"), "sites"),
+        replace(record, title="How far the cost model is off where it is checked", figures=errors).grid(),
+        across("Predicted, by values in the vector", _rows(predicted, "values"), "values"),
+        replace(record, title="Its constants, in seconds or bytes", figures=constants).grid(),
+    ]
+
+
+def _rows(figures: Sequence[Figure], key: str) -> list[Figure]:
+    """The figures, with all that they are measured at in their names but ``key``."""
+    return [
+        replace(
+            each,
+            name=replace(each, at={name: value for name, value in each.at.items() if name not in (key, "range")}).label,
+            at={key: f"{each.at[key]:,}"},
+        )
+        for each in figures
+    ]
