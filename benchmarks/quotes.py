@@ -28,6 +28,7 @@ _FACTORS = {
     ("B", "MB"): 1e-6,
     ("B", "GB"): 1e-9,
     ("", "%"): 100.0,
+    ("", "MiB"): 2.0**-20,  # of bytes in other JSON
 }
 
 

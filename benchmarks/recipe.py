@@ -69,20 +69,20 @@ def measure(*, full: bool) -> Record:
     found: dict[str, list[Metrics]] = {}
     largest = []
     for name, privacy in {
-        "federated, epsilon 0.5": msgspec.structs.replace(PRIVACY, epsilon=0.5),
-        "federated, epsilon 1": PRIVACY,
-        "federated, epsilon 2": msgspec.structs.replace(PRIVACY, epsilon=2.0),
-        "federated, no privacy": msgspec.structs.replace(PRIVACY, mode="none"),
+        "federated at epsilon 0.5": msgspec.structs.replace(PRIVACY, epsilon=0.5),
+        "federated at epsilon 1": PRIVACY,
+        "federated at epsilon 2": msgspec.structs.replace(PRIVACY, epsilon=2.0),
+        "federated without privacy": msgspec.structs.replace(PRIVACY, mode="none"),
     }.items():
         runs = [federated(hospitals, privacy, seed) for seed in seeds]
         found[name] = [metrics for metrics, _ in runs]
         largest += [value for _, value in runs]
     common = {"training": TRAINING, "privacy": PRIVACY, "bins": bins}
-    found["pooled, no privacy"] = [
+    found["pooled without privacy"] = [
         train_pooled(test, sites=len(hospitals), entropy=CountingEntropy(seed), **common) for seed in seeds
     ]
     for name, hospital in hospitals.items():
-        found[f"{name} alone, epsilon 1"] = [
+        found[f"{name} alone at epsilon 1"] = [
             train_alone(hospital, test=test, entropy=CountingEntropy(seed), **common) for seed in seeds
         ]
     figures = [

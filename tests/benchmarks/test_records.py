@@ -167,3 +167,32 @@ def test_tables_of_quality_are_those_of_the_results(data):
             assert cells == expected, (heading[0], name)
             compared += len(cells)
     assert compared > 100
+
+
+def test_the_runs_of_chaos_are_those_of_the_results():
+    """The table of docs/reliability.md has each run as the JSON does."""
+    text = (record.ROOT / "docs" / "reliability.md").read_text()
+    rows = [line.strip("|").split("|") for line in text.splitlines() if re.match(r"\| (masked|homomorphic)", line)]
+    found = [[cell.strip() for cell in row] for row in rows]
+    runs = json.loads((record.RESULTS / "chaos.json").read_text())["runs"]
+    assert len(found) == len(runs) == 6
+    for row, run in zip(found, runs, strict=True):
+        tally = run["tally"]
+        expected = [tally["rounds"], tally["released"], tally["interrupted"], tally["failed"]]
+        assert [int(cell) for cell in row[2:6]] == expected
+        assert [int(row[1]), int(row[9]), int(row[10])] == [run["seed"], run["restarts"], tally["models"]]
+        assert int(row[12]) == round(run["seconds"])
+
+
+_UNQUOTED = re.compile(
+    r"```.*?```|<!-- figures: .*?<!-- end of figures -->|`[^`]*`|!?\[[^\]]*\]\([^)]*\)"  # code, tables, links
+    r"|(?:Python|CC BY|Apache|Version|Flower|NVFlare|Fed-BioMed|DecLearn|epsilon|delta|at most)[ -][\d.]+",  # no measurements
+    re.DOTALL,
+)
+
+
+@pytest.mark.parametrize("name", ["README.md", "docs/backends.md", "docs/benchmarks.md"])
+def test_no_figure_without_its_result(name):
+    """Whatever looks measured in these documents is quoted from the results."""
+    prose = _UNQUOTED.sub(" ", (record.ROOT / name).read_text())
+    assert re.findall(r"\d+\.\d+|[\d,]+ (?:m?s|MB|GB|GB/s|%|times|minutes)\b", prose) == []
