@@ -186,7 +186,8 @@ def test_the_runs_of_chaos_are_those_of_the_results():
 
 _UNQUOTED = re.compile(
     r"```.*?```|<!-- figures: .*?<!-- end of figures -->|`[^`]*`|!?\[[^\]]*\]\([^)]*\)"  # code, tables, links
-    r"|(?:Python|CC BY|Apache|Version|Flower|NVFlare|Fed-BioMed|DecLearn|epsilon|delta|at most)[ -][\d.]+",  # no measurements
+    # versions, licences, bounds
+    r"|(?:Python|CC BY|Apache|Version|Flower|NVFlare|Fed-BioMed|DecLearn|epsilon|delta|at most)[ -][\d.]+",
     re.DOTALL,
 )
 
