@@ -1,6 +1,7 @@
 """What this machine can do at best: the cipher, copying memory, and loopback TCP with and without encryption."""
 
 import multiprocessing
+import resource
 import socket
 import time
 from collections.abc import Callable
@@ -90,6 +91,22 @@ def _started(program: Callable[..., None], *arguments: object) -> multiprocessin
     return process
 
 
+def _touch(total: int, pipe: Connection) -> None:
+    room = np.empty(total, np.uint8)
+    began = time.process_time()
+    room[:: resource.getpagesize()] = 1
+    pipe.send(time.process_time() - began)
+
+
+def first_touch(total: int) -> float:
+    """Processor seconds in which a new process is given so much memory, page by page."""
+    here, there = multiprocessing.Pipe()
+    process = _started(_touch, total, there)
+    seconds: float = here.recv()
+    process.join()
+    return seconds
+
+
 def measure(total: int, repeats: int) -> list[Figure]:
     """Rates over ``total`` bytes, and processor seconds per gigabyte."""
     source, room = np.ones(total, np.uint8), np.empty(total, np.uint8)
@@ -100,6 +117,7 @@ def measure(total: int, repeats: int) -> list[Figure]:
     figures = [
         Figure("limit: AES-256-CTR on one core", [gigabytes / each for each in times["aes"]], "GB/s"),
         Figure("limit: copy in memory on one core", [gigabytes / each for each in times["copy"]], "GB/s"),
+        Figure("limit: first touch of memory", [first_touch(total) / gigabytes for _ in range(repeats)], "s/GB"),
     ]
     turns = [(tcp(total), encrypted(total)) for _ in range(repeats)]
     for name, which in (("loopback TCP", 0), (ENCRYPTED, 1)):
