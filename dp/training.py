@@ -37,7 +37,7 @@ from dp.shared import ClippedSum
 from dp.views import Augmentation
 
 BATCH_ROWS: Final = 256
-PIECE: Final = 1 << 16  # numbers of double precision: 512 KiB
+PIECE: Final = 1 << 17  # numbers of double precision: 1 MiB, the fastest of 128 KiB to 4 MiB
 SUM_GRID: Final = 2.0**-20  # of the clip norm per coordinate
 
 
