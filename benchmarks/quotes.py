@@ -8,7 +8,8 @@ A quoted figure is a link whose title says which figure of the JSON it is:
     [0.934 ± 0.005](../benchmarks/results/xray-private.json "columns/shared/AUC")               a path into other JSON
 
 It keeps the unit and the decimals that it is written with.  Between ``<!-- figures: NAME -->`` and
-``<!-- end of figures -->`` stand the tables of ``results/NAME.json``.
+``<!-- end of figures -->`` stand the tables of ``results/NAME.json``; where NAME is ``aims``, all figures that have a
+bound.
 """
 
 import json
@@ -20,6 +21,7 @@ from benchmarks.record import RESULTS, ROOT, Grid, Record, load
 
 QUOTED = re.compile(r'\[([^\]]+)\]\(([^)\s]+\.json) "([^"]+)"\)')
 TABLE = re.compile(r"(<!-- figures: (\S+) -->\n).*?(<!-- end of figures -->)", re.DOTALL)
+AIMS = "aims"
 _NUMBER = re.compile(r"\d[\d,]*(?:\.\d+)?")
 _FACTORS = {
     ("s", "ms"): 1e3,
@@ -47,10 +49,21 @@ def updated(text: str, folder: Path) -> str:
         return f'[{_quoted(words, folder / link, name)}]({link} "{name}")'
 
     def table(match: re.Match[str]) -> str:
-        record = load(RESULTS / f"{match[2]}.json")
-        return match[1] + "\n".join(grid.markdown() for grid in grids(record)) + match[3]
+        made = [aims()] if match[2] == AIMS else grids(load(RESULTS / f"{match[2]}.json"))
+        return match[1] + "\n".join(grid.markdown() for grid in made) + match[3]
 
     return QUOTED.sub(quotation, TABLE.sub(table, text))
+
+
+def aims() -> Grid:
+    """Every figure of the committed records that a bound is set for, and whether it is met."""
+    rows = []
+    for path in sorted(RESULTS.glob("*.json")):
+        content = json.loads(path.read_text())
+        if "benchmark" in content:
+            record = load(path)
+            rows += [[record.benchmark, *row] for row in record.aims().rows]
+    return Grid("Aims", ["benchmark", "figure", "median", "least to most", "wanted"], rows)
 
 
 def grids(record: Record) -> list[Grid]:

@@ -7,7 +7,7 @@ import re
 import statistics
 import subprocess
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
@@ -112,15 +112,21 @@ class Record:
         path.write_text(json.dumps(content, indent=1) + "\n")
         return path
 
+    def aims(self) -> "Grid":
+        """The figures that have a bound."""
+        return replace(self, title="What was wanted", figures=[each for each in self.figures if each.wanted]).grid()
+
     def grid(self) -> "Grid":
         """All figures: medians and spread (least to most)."""
         rows = []
         for each in self.figures:
             if not each.values:
-                rows.append([each.label, each.text, "", each.wanted])
+                rows.append([each.label, each.text, "", ""])
                 continue
             spread = f"{shown(min(each.values))} to {shown(max(each.values))}" if len(each.values) > 1 else ""
-            verdict = {None: "", True: f"{each.wanted}: met", False: f"{each.wanted}: missed"}[each.met]
+            # A quick run's vectors are short: there it shows what a round costs at all.
+            met = each.met if self.full else None
+            verdict = {None: "", True: f"{each.wanted}: met", False: f"{each.wanted}: missed"}[met]
             rows.append([each.label, f"{shown(each.median)} {each.unit}".strip(), spread, verdict])
         return Grid(self.title, ["figure", "median", "least to most", "wanted"], rows)
 

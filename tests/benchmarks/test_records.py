@@ -3,6 +3,7 @@
 import io
 import json
 import re
+from dataclasses import replace
 
 import pytest
 from rich.console import Console
@@ -64,6 +65,13 @@ def test_table_says_what_was_missed(some):
     assert re.search(r"time \(masked, 8 sites\).*2\.00 s.*1\.00 to 3\.00.*<= 2: met", printed)
     assert re.search(r"time \(plain, 8 sites\).*<= 2: missed", printed)
     assert "fails: the round ends" in printed
+
+
+def test_bounds_are_asked_of_full_runs_only(some):
+    """A quick run's table says neither met nor missed; aims are the figures that have a bound."""
+    assert [row[-1] for row in some.grid().rows] == ["<= 2: met", "<= 2: missed", "", ""]
+    assert [row[-1] for row in replace(some, full=False).grid().rows] == [""] * 4
+    assert [row[0] for row in some.aims().rows] == ["time (masked, 8 sites)", "time (plain, 8 sites)"]
 
 
 @pytest.mark.parametrize(
