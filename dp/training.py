@@ -54,7 +54,7 @@ class _Batch:
     """Whose the rows are that have gradients: so many rows of one patient, then so many of the next."""
 
     def __init__(self, rows_each: Sequence[int]) -> None:
-        self._counts = torch.tensor(rows_each, dtype=torch.int64)
+        self._counts = torch.tensor(rows_each, dtype=torch.float64)
         self._owners = torch.from_numpy(np.repeat(np.arange(len(rows_each)), rows_each))
 
     def add_clipped(self, parameters: Sequence[Tensor], totals: Sequence[Tensor], *, most: float, grid: float) -> None:
