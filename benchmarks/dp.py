@@ -126,7 +126,7 @@ def compared(model: str, rows: int, *, steps: int, repeats: int) -> list[Figure]
         name: [(more - one) / steps for more, one in zip(times[f"{name}, more"], times[f"{name}, one"], strict=True)]
         for name in ways
     }
-    at = {"model": model, "row(s) per patient": rows}
+    at = {"model": model, "rows per patient": rows}
     figures = [Figure(f"{name}, a step", [1000 * each for each in step[name]], "ms", at=at) for name in ways]
     return [
         *figures,
