@@ -19,7 +19,7 @@ def blocks(document: str) -> list[str]:
 @pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: path.name)
 def test_links_lead_somewhere(path: Path) -> None:
     """Every relative link is that of a file or folder."""
-    for link in re.findall(r"\]\(([^)#]+)\)", path.read_text()):
+    for link in re.findall(r"\]\(([^)#\s]+)(?: \"[^\"]*\")?\)", path.read_text()):
         if "://" not in link:
             assert (path.parent / link).exists(), link
 
