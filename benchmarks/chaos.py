@@ -24,6 +24,7 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
+from benchmarks.memory import resident
 from sites import recipe
 
 sys.path.append(str(Path(__file__).parents[1] / "tests"))
@@ -42,11 +43,6 @@ PLAN: Final = (
     ("homomorphic", 6, 60),
 )
 EVERY: Final = 2.5  # rounds between two faults, on average
-
-
-def memory_of(pid: int) -> int:
-    """Resident bytes of a process."""
-    return int(Path(f"/proc/{pid}/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
 
 def chaos(nursery: Nursery, folder: Path, backend: str, seed: int, rounds: int) -> dict[str, Any]:
@@ -69,7 +65,7 @@ def soak(nursery: Nursery, folder: Path, rounds: int) -> dict[str, Any]:
         for name, kept in samples.items():
             pid = federation.pid(name)
             if pid and done - (kept[-1][0] if kept else 0) >= 20:
-                kept.append((done, memory_of(pid), len(list(Path(f"/proc/{pid}/fd").iterdir()))))
+                kept.append((done, resident(pid), len(list(Path(f"/proc/{pid}/fd").iterdir()))))
 
     names = tuple("abcd")
     with Chaos(folder, nursery, seed=0, rounds=rounds, names=names, faults=(), lines={}, watch=watch) as federation:

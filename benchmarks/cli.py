@@ -46,7 +46,7 @@ OTHERS = {
 }
 
 
-def measured(name: str, *, full: bool, results: Path | None) -> Record:
+def measured(name: str, *, full: bool, results: Path | None) -> None:
     """Run one benchmark, print its table, write its JSON and draw its plots."""
     console = Console()
     if not console.is_terminal:
@@ -57,7 +57,6 @@ def measured(name: str, *, full: bool, results: Path | None) -> Record:
     path = record.write(results)
     drawn = import_module("benchmarks.plots").draw(record, path.parent)
     console.print(f"Written: {', '.join(str(each) for each in (path, *drawn))}", soft_wrap=True)
-    return record
 
 
 def _add(name: str, what: str) -> None:

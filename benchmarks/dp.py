@@ -10,7 +10,8 @@ it does once before the first step (probing the loss for coupled rows, and the l
 
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import numpy as np
 import torch
@@ -138,20 +139,27 @@ def compared(model: str, rows: int, *, steps: int, repeats: int) -> list[Figure]
     ]
 
 
-def measure(*, full: bool) -> Record:
-    """Each model, with one row of each patient and with three."""
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """In which torch uses one thread."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        cases = [("small CNN", 1), ("small CNN", 3)]
-        if full:
-            cases += [("filter bank", 1), ("filter bank", 3), ("CNN of width 64", 3)]
-        figures = [
-            figure
-            for model, rows in cases
-            for figure in compared(model, rows, steps=8 if full else 5, repeats=7 if full else 3)
-        ]
+        yield
     finally:
         torch.set_num_threads(threads)
+
+
+@one_thread()
+def measure(*, full: bool) -> Record:
+    """Each model, with one row of each patient and with three."""
+    cases = [("small CNN", 1), ("small CNN", 3)]
+    if full:
+        cases += [("filter bank", 1), ("filter bank", 3), ("CNN of width 64", 3)]
+    figures = [
+        figure
+        for model, rows in cases
+        for figure in compared(model, rows, steps=8 if full else 5, repeats=7 if full else 3)
+    ]
     title = f"DP-SGD on images of {SIZE} x {SIZE} pixels, {BATCH} rows in a batch, one thread"
     return Record("dp", title, figures, full)

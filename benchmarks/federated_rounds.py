@@ -28,6 +28,7 @@ import msgspec
 import numpy as np
 import torch
 
+from benchmarks import memory
 from benchmarks.stopwatch import Stopwatch, io_seconds
 from secureagg import FixedPoint
 from sites.config import open_site
@@ -188,22 +189,16 @@ class _Laps:
     def between(self, sent: int = 0, received: int = 0) -> Iterator[None]:
         """One lap ends, and another begins; what the calling thread does meanwhile is part of neither."""
         arrived, aside = time.monotonic(), time.thread_time()
-        peak = _memory("VmHWM")
+        peak = memory.peak()
         steps = {}
         if self._watch is not None:
             steps = {**self._watch.spent, ENCRYPTED_SOCKET: io_seconds()}
         cpu = time.process_time() - self._aside
         yield
         ctypes.CDLL(None).malloc_trim(0)  # what the last lap left behind is not there to be used again
-        Path("/proc/self/clear_refs").write_text("5")  # the peak is what there is now
+        memory.forget_peak()
         self._aside += time.thread_time() - aside
-        self.marks.append(_Mark(arrived, time.monotonic(), cpu, sent, received, _memory("VmRSS"), peak, steps))
-
-
-def _memory(name: str) -> int:
-    """A figure of /proc/self/status, in bytes."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return int(next(line.split()[1] for line in lines if line.startswith(f"{name}:"))) * 1024
+        self.marks.append(_Mark(arrived, time.monotonic(), cpu, sent, received, memory.resident(), peak, steps))
 
 
 def spent(before: _Mark, after: _Mark) -> Spent:

@@ -19,6 +19,7 @@ from pathlib import Path
 import numpy as np
 import tenseal
 
+from benchmarks.memory import resident
 from benchmarks.record import Figure, Record, ratios
 from benchmarks.rounds import LANE, machines
 from benchmarks.turns import seconds
@@ -182,24 +183,19 @@ def memory(length: int) -> list[Figure]:
     ]
 
 
-def _resident() -> int:
-    """Bytes of this process in memory."""
-    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
-
-
 def _peaks(length: int) -> None:
     """Print what making an input and adding it takes, with ciphertexts that are made and added one by one."""
     ours = Ours(length)
     vectors = encode_input(ours.parameters, {LANE: np.zeros(length)}).vectors
-    before, site = _resident(), 0
+    before, site = resident(), 0
     for _ in masked_and_encrypted(ours.key, ours.layout, vectors, ours.masks):
-        site = max(site, _resident() - before)
+        site = max(site, resident() - before)
     ciphertext, coordinator = ours.key.encrypt(np.zeros(SLOTS, np.uint64)), 0
     for first in (True, False):  # what the first input leaves behind is the running sum
-        before = _resident()
+        before = resident()
         for number in range(ours.layout.ciphertexts):
             ours.total.add(number, ciphertext, who="site")
-            coordinator = coordinator if first else max(coordinator, _resident() - before)
+            coordinator = coordinator if first else max(coordinator, resident() - before)
     print(json.dumps({"site": site / 1e6, "coordinator": coordinator / 1e6}))
 
 

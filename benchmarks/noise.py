@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from opacus.optimizers.optimizer import _generate_noise
 
+from benchmarks.dp import one_thread
 from benchmarks.record import Figure, Record, ratios
 from benchmarks.turns import by_turns
 from dp.integer_noise import IntegerNoise
@@ -23,11 +24,10 @@ from dp.noise import GaussianNoise, csprng
 DEVIATION = 1e4  # of integer noise
 
 
+@one_thread()
 def measure(*, full: bool) -> Record:
     """Each way of each kind of noise; a ratio above 1 says that ours draws more in the same time."""
     draws, repeats = (4_000_000, 9) if full else (1_000_000, 3)
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
     noise = GaussianNoise(clip_norm=1.0, noise_multiplier=1.0, dimensions=draws)
     total, reference = np.zeros(draws), torch.zeros(draws)
     plain, secure = np.random.default_rng(), csprng()
@@ -60,6 +60,5 @@ def measure(*, full: bool) -> Record:
             figures.append(Figure(name, [draws / each / 1e6 for each in spent], "million/s"))
             if spent is not ours:
                 figures.append(Figure(f"ours / {name}", ratios(spent, ours)))
-    torch.set_num_threads(threads)
     title = f"{draws:,} draws of noise on one core; integers of deviation {DEVIATION:,.0f}"
     return Record("noise", title, figures, full)

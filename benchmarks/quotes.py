@@ -17,7 +17,7 @@ import re
 from importlib import import_module
 from pathlib import Path
 
-from benchmarks.record import RESULTS, ROOT, Grid, Record, load
+from benchmarks.record import RESULTS, ROOT, Grid, Record, load, of_content
 
 QUOTED = re.compile(r'\[([^\]]+)\]\(([^)\s]+\.json) "([^"]+)"\)')
 TABLE = re.compile(r"(<!-- figures: (\S+) -->\n).*?(<!-- end of figures -->)", re.DOTALL)
@@ -61,7 +61,7 @@ def aims() -> Grid:
     for path in sorted(RESULTS.glob("*.json")):
         content = json.loads(path.read_text())
         if "benchmark" in content:
-            record = load(path)
+            record = of_content(content)
             rows += [[record.benchmark, *row] for row in record.aims().rows]
     return Grid("Aims", ["benchmark", "figure", "median", "least to most", "wanted"], rows)
 
@@ -100,14 +100,9 @@ def _figure(path: Path, name: str, words: str) -> tuple[list[float], str]:
         return [float(content)], ""
     name, _, where = name.partition(" @ ")
     wanted = dict(each.split("=") for each in where.split(", ")) if where else {}
-    found = [
-        each
-        for each in load(path).figures
-        if each.name == name and all(str(each.at.get(key)) == value for key, value in wanted.items())
-    ]
-    if len(found) != 1 or not found[0].values:
-        raise KeyError(f"{path.name}: found {len(found)} figures {name!r} at {where!r}, expected one with a value")
-    (figure,) = found
+    figure = of_content(content).of(name, **wanted)
+    if not figure.values:
+        raise KeyError(f"{path.name}: found the figure {name!r} at {where!r} without a value, expected one")
     if " to " in words:
         return [min(figure.values), max(figure.values)], figure.unit
     if "±" in words:

@@ -10,6 +10,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 from rich.table import Table
@@ -89,8 +90,12 @@ class Record:
     full: bool
 
     def of(self, name: str, **at: Where) -> Figure:
-        """The figure of this name, measured at ``at``; KeyError if there is none or more than one."""
-        found = [each for each in self.figures if each.name == name and at.items() <= each.at.items()]
+        """The figure of this name, measured at ``at``, numbers or their texts; KeyError for none or more than one."""
+        found = [
+            each
+            for each in self.figures
+            if each.name == name and all(str(each.at.get(key)) == str(value) for key, value in at.items())
+        ]
         if len(found) != 1:
             raise KeyError(f"{self.benchmark}: found {len(found)} figures {name!r} at {at}, expected one")
         return found[0]
@@ -166,7 +171,11 @@ def across(title: str, figures: Sequence[Figure], key: str) -> Grid:
 
 def load(path: Path) -> Record:
     """A record that ``write`` wrote."""
-    content = json.loads(path.read_text())
+    return of_content(json.loads(path.read_text()))
+
+
+def of_content(content: Mapping[str, Any]) -> Record:
+    """A record, of its JSON."""
     figures = [
         Figure(**{name: each[name] for name in ("name", "values", "unit", "wanted", "at", "text") if name in each})
         for each in content["figures"]

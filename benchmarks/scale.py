@@ -15,13 +15,12 @@ import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from statistics import fmean, median
 from tempfile import TemporaryFile
 
 import numpy as np
 
-from benchmarks import cost_model, limits
+from benchmarks import cost_model, limits, memory
 from benchmarks.cost_model import Constants, Shape
 from benchmarks.masking import MASK_BYTES, SITES, Round, raw_cipher
 from benchmarks.record import Figure, Grid, Record, across
@@ -133,17 +132,11 @@ def _peak(backend: Backend, length: int, who: str) -> None:
     if who != "a site":
         part.site()
         work = [part.take, part.take, part.release]
-    Path("/proc/self/clear_refs").write_text("5")  # the peak is what there is now
-    before = _status("VmRSS")
+    memory.forget_peak()
+    before = memory.resident()
     for each in work:
         each()
-    print(max(0, _status("VmHWM") - before) / part.update.nbytes)
-
-
-def _status(name: str) -> int:
-    """A figure of /proc/self/status, in bytes."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return int(next(line.split()[1] for line in lines if line.startswith(f"{name}:"))) * 1024
+    print(max(0, memory.peak() - before) / part.update.nbytes)
 
 
 # --- the number of sites ---
@@ -232,18 +225,22 @@ def cohorts(wanted: Sequence[Cohort]) -> dict[Cohort, list[Figure]]:
 # --- the cost model ---
 
 
+# What the model gives, in units of the figures: so many bytes, the constants that are fitted, and the formula.
+MODELLED: dict[str, tuple[float, cost_model.Terms, Callable[[Constants, Shape], float]]] = {
+    SITE_SECONDS: (1, cost_model.SITE, cost_model.site_seconds),
+    COORDINATOR_SECONDS: (1, cost_model.COORDINATOR, cost_model.coordinator_seconds),
+    UP: (1000, cost_model.UP, cost_model.bytes_up),
+    DOWN: (1000, cost_model.DOWN, cost_model.bytes_down),
+}
+
+
 def constants(measured: Mapping[Cohort, list[Figure]], fit: Sequence[Cohort], repeats: int) -> Constants:
     """The constants of values and bytes from steps at one length, and those of messages from whole rounds ``fit`` with
     short lanes."""
     found = cost_model.zeros() | _of_values(repeats) | _of_ciphertexts(repeats)
     _, send, receive = zip(*(limits.encrypted(32 << 20) for _ in range(repeats)), strict=True)
     found |= {"send": median(send) / (32 << 20), "receive": median(receive) / (32 << 20)}
-    for terms, name, unit, of_values in (
-        (cost_model.SITE, SITE_SECONDS, 1, cost_model.site_seconds),
-        (cost_model.COORDINATOR, COORDINATOR_SECONDS, 1, cost_model.coordinator_seconds),
-        (cost_model.UP, UP, 1000, cost_model.bytes_up),
-        (cost_model.DOWN, DOWN, 1000, cost_model.bytes_down),
-    ):
+    for name, (unit, terms, of_values) in MODELLED.items():
         known = Constants(**found)  # without those that are looked for, which are still zero
         points = [
             (cohort.shape, unit * figure.median - of_values(known, cohort.shape))
@@ -328,14 +325,6 @@ def _of_ciphertexts(repeats: int) -> dict[str, float]:
     return found | {"release_ciphertext": median(release) / layout.ciphertexts}
 
 
-MODELLED: dict[str, tuple[float, Callable[[Constants, Shape], float]]] = {
-    SITE_SECONDS: (1, cost_model.site_seconds),
-    COORDINATOR_SECONDS: (1, cost_model.coordinator_seconds),
-    UP: (1000, cost_model.bytes_up),
-    DOWN: (1000, cost_model.bytes_down),
-}
-
-
 def checks(
     known: Constants, measured: Mapping[Cohort, list[Figure]], fit: Sequence[Cohort], by_length: Sequence[Figure]
 ) -> list[Figure]:
@@ -345,7 +334,7 @@ def checks(
     for cohort, found in measured.items():
         used = "fitted" if cohort in fit else "checked"
         for each in found:
-            unit, predict = MODELLED[each.name]
+            unit, _, predict = MODELLED[each.name]
             error = predict(known, cohort.shape) / (unit * each.median) - 1
             figures.append(Figure(f"model, {used}: {each.name}", [error], at=cohort.at))
     for each in by_length:

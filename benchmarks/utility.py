@@ -21,9 +21,7 @@ which ``--choose`` takes anew on validation patients (``benchmarks.choosing``). 
 
 import argparse
 import json
-import shutil
 import statistics
-import subprocess
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
@@ -38,6 +36,7 @@ from sklearn.metrics import balanced_accuracy_score, roc_auc_score
 from benchmarks import choosing, xrays
 from benchmarks.choosing import CHOSEN_BY, name_of
 from benchmarks.federations import Configuration, Task, alone, central, own_noise, plan_of, shared_gradients
+from benchmarks.record import commit
 from sites.datasets.heart import load_hospitals
 from sites.model_state import State
 from sites.plots import comparison_plot
@@ -225,16 +224,6 @@ def plot(report: dict, metric: str) -> str:
         up=metric,
         title=f"{report['data']}: {metric} by epsilon; bars are standard errors",
     )
-
-
-def commit() -> str:
-    """Of this tree, with "+" if it was changed since; "unknown" outside a repository."""
-    git, here = shutil.which("git"), Path(__file__).parent
-    if git is None:
-        return "unknown"
-    found = subprocess.run([git, "rev-parse", "--short", "HEAD"], cwd=here, capture_output=True, text=True, check=False)
-    changed = subprocess.run([git, "diff", "--quiet", "HEAD"], cwd=here, check=False, capture_output=True)
-    return (found.stdout.strip() or "unknown") + ("+" if changed.returncode == 1 else "")
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -25,7 +25,7 @@ import torch
 from sklearn.metrics import balanced_accuracy_score, roc_auc_score
 from torch.nn import functional
 
-from benchmarks.utility import commit
+from benchmarks.record import commit
 from dp.ledger import Ledger
 from dp.shared import decode
 from secureagg.identity import Identity
