@@ -34,7 +34,7 @@ _HANDSHAKE_BYTES: Final = 1024  # CURVE's own commands stay below 300
 _HIGHEST_PORT: Final = 65535
 _NOT_YET: Final = "not connected yet"
 LINGER_SECONDS: Final = 3
-PROBE_SECONDS: Final = 0.5  # between two looks whether a connection stands
+PROBE_SECONDS: Final = 0.5  # without a byte, until it is looked whether a connection stands, and between two looks
 HANDSHAKE_SECONDS: Final = 15  # of a connection that has not got further; a slow link takes one or two
 FIRST_WAIT_SECONDS: Final = 0.2  # before the second attempt to connect
 MOST_WAIT_SECONDS: Final = 10.0
@@ -137,6 +137,9 @@ class _ZmqEndpoint(ABC):
         socket.setsockopt(zmq.MAXMSGSIZE, largest)
         socket.sndhwm = 0  # a send never blocks the loop; how much is under way, the links decide
         socket.setsockopt(zmq.HANDSHAKE_IVL, HANDSHAKE_SECONDS * 1000)
+        # From the start: a connection that ends before the socket is closed keeps the linger of that moment, and with
+        # libzmq's default, for ever, what was sent into it just then would hold `close` for ever.
+        socket.linger = LINGER_SECONDS * 1000
         return socket
 
     def receive(self, timeout: float) -> Delivery | None:
@@ -404,7 +407,7 @@ class RouterEndpoint(_ZmqEndpoint):
         if route is None:
             return True
         now = time.monotonic()
-        if route.link.attached and now - route.probed > PROBE_SECONDS:
+        if route.link.attached and now - max(route.active, route.probed) > PROBE_SECONDS:
             route.probed = now
             if not self._stands(route):
                 route.link.detach()
@@ -414,7 +417,7 @@ class RouterEndpoint(_ZmqEndpoint):
     def _close_sockets(self) -> None:
         standing = [peer for peer, route in self._routes.items() if route.link.attached]
         self.flush(standing, patience=LINGER_SECONDS)
-        self._socket.close(linger=LINGER_SECONDS * 1000)
+        self._socket.close()
         self._authenticator.stop()
 
 

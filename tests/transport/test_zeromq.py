@@ -21,6 +21,7 @@ import transport
 from transport import COORDINATOR, AddressUnusable, Delivery, Limits, PeerId, PeerUnreachable
 from transport.envelope import split
 from transport.link import UNKNOWN, Frame, Kind
+from transport.zeromq import LINGER_SECONDS
 
 ANNA, BERT = PeerId("anna"), PeerId("bert")
 LOOPBACK = "tcp://127.0.0.1:0"
@@ -491,6 +492,18 @@ def test_close_while_the_coordinator_is_gone(hospital):
     begin = time.monotonic()
     site.close()
     assert time.monotonic() - begin < 1.0
+
+
+def test_no_socket_lingers_for_ever(hospital):
+    """From its first moment a socket gives up what it cannot deliver: the setting at its closing comes too late for
+    connections that ended before, and closing would wait for them without end."""
+    coordinator = hospital.listen()
+    site = hospital.connect(coordinator.address, ANNA)
+    assert coordinator._socket.linger == site._socket.linger == 1000 * LINGER_SECONDS
+    passes(site, coordinator, ANNA)
+    site._give_up()
+    passes(site, coordinator, ANNA)
+    assert site._socket.linger == 1000 * LINGER_SECONDS
 
 
 def test_secret_keys_do_not_appear_in_repr(hospital):
