@@ -1,25 +1,31 @@
 """AES-256-CTR as a stream of uniform machine words, and long vectors in parts that several cores can work on.
 
-Every key here is derived for one purpose and used for one stream, so the counter starts at zero each time: a nonce
-would have nothing to separate.  A part of a vector reads its own part of the stream, so the result is the same
-whatever order the parts are worked on in.
+Every key here is derived for one purpose and used for one stream, so that no counter block can come twice under it.
+Block i of the stream lies in stretch i // STRETCH_BLOCKS; its counter block is the stretch's number as 12 bytes and
+2 + i % STRETCH_BLOCKS as 4, big-endian.  That is the layout of GCM, whose code in OpenSSL is much the fastest way to
+counter mode: a stretch is what GCM encrypts zeros to, the stretch's number being its nonce.
+
+A part of a vector reads its own part of the stream, so the result is the same whatever order the parts are worked on
+in.
 """
 
 from collections.abc import Callable, Iterable
 from typing import Final, Protocol, TypeVar
 
 import numpy as np
-from cryptography.hazmat.primitives.ciphers import Cipher
+from cryptography.hazmat.primitives.ciphers import AEADEncryptionContext, Cipher, CipherContext
 from cryptography.hazmat.primitives.ciphers.algorithms import AES256
-from cryptography.hazmat.primitives.ciphers.modes import CTR
+from cryptography.hazmat.primitives.ciphers.modes import CTR, GCM
 
 from secureagg.lanes import Words
 
 # A block of the accumulator stays in cache while every neighbour's keystream passes over it, and is long enough for a
 # second thread to work meanwhile: measured from 32 KiB to 16 MiB.
 BLOCK_BYTES: Final = 512 * 1024
-_ZEROS = bytes(BLOCK_BYTES)
 _AES_BYTES: Final = 16
+STRETCH_BLOCKS: Final = BLOCK_BYTES // _AES_BYTES
+_FIRST: Final = 2  # counter of a stretch: GCM keeps 1 for its tag, which is not asked for here
+_ZEROS = bytes(BLOCK_BYTES)
 _PARTS: Final = 16
 
 _Result = TypeVar("_Result")
@@ -48,13 +54,29 @@ class Keystream:
     """The AES-256-CTR keystream of a 32-byte key, read once from ``offset`` (in bytes, a multiple of 16) to the end."""
 
     def __init__(self, key: bytes, *, offset: int = 0) -> None:
-        counter = (offset // _AES_BYTES).to_bytes(_AES_BYTES, "big")
-        self._encryptor = Cipher(AES256(key), CTR(counter)).encryptor()
+        self._key = AES256(key)
+        self._position = offset
+        self._encryptor: AEADEncryptionContext | CipherContext | None = None
 
     def fill(self, words: Words) -> None:
-        """Overwrite ``words`` (at most BLOCK_BYTES, contiguous) with the next bytes of the stream, little-endian."""
+        """Overwrite ``words``, which are contiguous, with the next bytes of the stream, little-endian."""
         raw = words.data.cast("B")
-        self._encryptor.update_into(memoryview(_ZEROS)[: len(raw)], raw)
+        done = 0
+        while done < len(raw):
+            stretch, within = divmod(self._position, BLOCK_BYTES)
+            if self._encryptor is None or within == 0:
+                self._encryptor = self._stretch(stretch.to_bytes(12, "big"), within)
+            size = min(len(raw) - done, BLOCK_BYTES - within)
+            self._encryptor.update_into(memoryview(_ZEROS)[:size], raw[done : done + size])
+            done += size
+            self._position += size
+
+    def _stretch(self, nonce: bytes, within: int) -> AEADEncryptionContext | CipherContext:
+        if within == 0:
+            return Cipher(self._key, GCM(nonce)).encryptor()
+        # GCM cannot begin in the middle of its stream.
+        counter = _FIRST + within // _AES_BYTES
+        return Cipher(self._key, CTR(nonce + counter.to_bytes(4, "big"))).encryptor()
 
 
 def block_words(word: "np.dtype[np.unsignedinteger]") -> int:

@@ -24,6 +24,7 @@ from cryptography.hazmat.primitives.kdf.hkdf import HKDF
 
 PRIME = 2**256 + 297
 CHUNK_BYTES = 1 << 20
+STRETCH_BYTES = 1 << 19
 SIGNATURE_FIELD = 3
 PHASES = ("AdvertisingKeys", "SharingKeys", "CollectingMaskedInputs", "CheckingConsistency", "Unmasking")
 
@@ -93,8 +94,10 @@ def counting_entropy(seed: bytes) -> Entropy:
 
 
 def keystream(key: bytes, length: int) -> bytes:
-    """``length`` bytes of AES-256-CTR under ``key``: block i is the encryption of i as 16 bytes, big-endian."""
-    counters = b"".join(i.to_bytes(16, "big") for i in range(-(-length // 16)))
+    """``length`` bytes of AES-256-CTR under ``key``: the counter block is the number of the stretch of 512 KiB as 12
+    bytes, and as 4 that of the block in it, from 2."""
+    places = (divmod(16 * block, STRETCH_BYTES) for block in range(-(-length // 16)))
+    counters = b"".join(stretch.to_bytes(12, "big") + (2 + at // 16).to_bytes(4, "big") for stretch, at in places)
     return Cipher(AES(key), ECB()).encryptor().update(counters)[:length]  # noqa: S305, the blocks of CTR mode
 
 

@@ -6,12 +6,12 @@ import numpy as np
 import pytest
 from cryptography.hazmat.primitives.ciphers import Cipher
 from cryptography.hazmat.primitives.ciphers.algorithms import AES256
-from cryptography.hazmat.primitives.ciphers.modes import CTR, ECB
+from cryptography.hazmat.primitives.ciphers.modes import ECB
 from support.rounds import StoppedRound
 
 from secureagg import AuthenticationFailed, SiteId
 from secureagg.agreement import KeyPair, open_shares, pairwise_mask_key, seal_shares, self_mask_key
-from secureagg.keystream import Keystream, block_words
+from secureagg.keystream import BLOCK_BYTES, STRETCH_BLOCKS, Keystream
 from secureagg.masking import apply_masks, masks_of_input
 from secureagg.testing import CountingEntropy
 
@@ -54,16 +54,30 @@ def test_a_key_has_one_form() -> None:
             KeyPair(b"s" * 32).agree(other, who="b")
 
 
-def test_keystream_is_aes_256_ctr_from_zero() -> None:
-    """The stream is AES-256 of the counter blocks 0, 1, 2, ..., across block boundaries of the buffer."""
-    key = bytes(range(32))
-    words = np.empty(2 * block_words(np.dtype("<u4")), "<u4")
+def counter_mode(key: bytes, length: int) -> bytes:
+    """The first bytes of the stream, block by block: the stretch's number and 2, 3, 4, ... within it."""
+    counters = (divmod(block, STRETCH_BLOCKS) for block in range(-(-length // 16)))
+    blocks = b"".join(stretch.to_bytes(12, "big") + (2 + within).to_bytes(4, "big") for stretch, within in counters)
+    return Cipher(AES256(key), ECB()).encryptor().update(blocks)[:length]  # noqa: S305
+
+
+@pytest.mark.parametrize("size", [BLOCK_BYTES, 3 * BLOCK_BYTES + 16, BLOCK_BYTES // 2 - 16, 4])
+def test_keystream_is_aes_256_ctr(size: int) -> None:
+    """The stream is AES-256 of its counter blocks, whatever sizes it is read in, over the ends of its stretches."""
+    key, words = bytes(range(32)), np.zeros((3 * BLOCK_BYTES + 32) // 4, "<u4")
     stream = Keystream(key)
-    half = len(words) // 2
-    stream.fill(words[:half])
-    stream.fill(words[half:])
-    blocks = b"".join(counter.to_bytes(16, "big") for counter in range(words.nbytes // 16))
-    assert words.tobytes() == Cipher(AES256(key), ECB()).encryptor().update(blocks)  # noqa: S305
+    for start in range(0, len(words) if size > 4 else 100, size // 4):
+        stream.fill(words[start : start + size // 4])
+    read = words if size > 4 else words[:100]
+    assert read.tobytes() == counter_mode(key, words.nbytes)[: read.nbytes]
+
+
+@pytest.mark.parametrize("offset", [0, 16, BLOCK_BYTES // 2, BLOCK_BYTES - 16, BLOCK_BYTES, BLOCK_BYTES + 48])
+def test_keystream_from_the_middle(offset: int) -> None:
+    """A stream that begins at any block goes on as the whole one does."""
+    key, words = bytes(range(32)), np.zeros((BLOCK_BYTES + 96) // 4, "<u4")
+    Keystream(key, offset=offset).fill(words)
+    assert words.tobytes() == counter_mode(key, offset + words.nbytes)[offset:]
 
 
 @pytest.mark.parametrize("length", [1, 5, 70_000, 140_001])
@@ -96,7 +110,7 @@ def test_masks_do_not_depend_on_how_they_are_spread(length: int) -> None:
     np.testing.assert_array_equal(one, backwards)
     straight = np.zeros(length, "<u4")
     for key, sign in keys:
-        stream = np.frombuffer(Cipher(AES256(key), CTR(bytes(16))).encryptor().update(bytes(4 * length)), "<u4")
+        stream = np.frombuffer(counter_mode(key, 4 * length), "<u4")
         straight = straight + stream if sign > 0 else straight - stream
     np.testing.assert_array_equal(one, straight + np.arange(length).astype("<u4"))
 

@@ -346,7 +346,8 @@ def masks() -> dict[str, Any]:
     streams = []
     for key in (bytes(32), entropy(32)):
         words = {str(bits): plain.mask(key, 64 * 8 // bits // 4, bits) for bits in (8, 16, 32, 64)}
-        streams.append({"key": key, "first_bytes": plain.keystream(key, 64), "words": words})
+        stream = plain.keystream(key, plain.STRETCH_BYTES + 32)
+        streams.append({"key": key, "first_bytes": stream[:64], "over_a_stretch": stream[-64:], "words": words})
     masked = []
     for bits in (8, 12, 16, 20, 32, 40, 64):
         values = [0, 1, 2**bits - 1, *(int.from_bytes(entropy(8), "little") % 2**bits for _ in range(2))]

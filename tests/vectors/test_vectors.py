@@ -37,7 +37,7 @@ from secureagg.commitments import check_share_commitments, secret_commitment, se
 from secureagg.encoding import encode_input
 from secureagg.errors import AuthenticationFailed, MalformedMessage, SecureAggregationError
 from secureagg.homomorphic import mask_slots
-from secureagg.keystream import Keystream
+from secureagg.keystream import BLOCK_BYTES, Keystream
 from secureagg.labels import VERSION
 from secureagg.lanes import RingLane
 from secureagg.masking import apply_masks
@@ -334,6 +334,15 @@ def test_keystreams(bits: int) -> None:
         stream.fill(parts[:1])
         stream.fill(parts[1:])
         assert parts.tobytes() == first
+
+
+@pytest.mark.parametrize("offset", [0, BLOCK_BYTES - 32])
+def test_keystreams_over_a_stretch(offset: int) -> None:
+    """The bytes around the end of a keystream's first stretch are as given, read from the beginning or from there."""
+    for item in load("masks.json")["keystreams"]:
+        words = np.empty((BLOCK_BYTES + 32 - offset) // 8, "<u8")
+        Keystream(raw(item["key"]), offset=offset).fill(words)
+        assert words[-8:].tobytes() == raw(item["over_a_stretch"])
 
 
 @pytest.mark.parametrize("item", load("masks.json")["masked"], ids=lambda item: f"{item['ring_bits']} bits")
