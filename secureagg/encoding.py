@@ -27,7 +27,7 @@ _BLOCK_VALUES: Final = 64 * 1024
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class EncodedInput:
-    """One site's lanes as ring elements, not yet masked: as secret as the update itself."""
+    """One site's lanes as integers modulo each lane's word, not yet masked: as secret as the update itself."""
 
     vectors: Mapping[str, Words] = field(repr=False)
 
@@ -76,7 +76,6 @@ def encode_input(
             vectors[name] = _encode_integers(ring_lane, array, most=most)
         if lane.weighted and weight is not None:
             vectors[name] *= vectors[name].dtype.type(weight)
-            ring_lane.reduce(vectors[name])
     if weight is not None:
         vectors[WEIGHT] = _single(parameters.lanes[WEIGHT], weight)
     vectors[CANARY] = _single(parameters.lanes[CANARY], 1)
@@ -115,7 +114,7 @@ def decode_total(
 def _encode_fixed_point(
     ring_lane: RingLane, encoding: FixedPoint, values: npt.NDArray[np.generic], coin_key: bytes, spread: Spread
 ) -> tuple[Words, int]:
-    """Ring elements of ``values`` and how many were clipped; block by block, so that memory stays at one block."""
+    """The integers of ``values`` and how many were clipped; block by block, so that memory stays at one block."""
     if not np.issubdtype(values.dtype, np.floating) and not np.issubdtype(values.dtype, np.integer):
         raise ParameterError(f"lane {ring_lane.lane.name}: found dtype {values.dtype}, expected real numbers")
     words = np.empty(values.shape, ring_lane.word)
@@ -148,7 +147,7 @@ def _encode_block(
     start: int,
     buffers: _Buffers,
 ) -> int:
-    """Write the ring elements of one block, which begins at index ``start``, into ``words``; returns how many were
+    """Write the integers of one block, which begins at index ``start``, into ``words``; returns how many were
     clipped."""
     size = len(values)
     scaled, fixed, draws = buffers.scaled[:size], buffers.fixed[:size], buffers.draws[:size]
@@ -168,7 +167,6 @@ def _encode_block(
     fixed -= draws
     fixed += 2**32 - 1
     words[:] = fixed.view(_INT32)[1::2]
-    ring_lane.reduce(words)
     return clipped
 
 

@@ -2,6 +2,9 @@
 
 A lane's ring is the integers modulo 2^b, where b is the least width in which the sum over the whole cohort cannot wrap
 around.  A lane for which no such width exists is refused when it is built; nothing can overflow later.
+
+What is masked, sent and added are words of several values side by side, as many as 64 bits have room for: the values
+are the word's digits to the base 2^b, and the sum over all sites has the values' sums as its digits.
 """
 
 import re
@@ -134,8 +137,8 @@ class Lane:
 class RingLane:
     """A lane together with the ring that holds its sum over a given cohort.
 
-    ``word``: the narrowest unsigned little-endian machine word of at least ``ring_bits`` bits.  Arithmetic runs modulo
-    the word and is reduced to the ring at the end: the ring's modulus divides the word's, so the result is the same.
+    Machine words are the narrowest unsigned little-endian ones with enough bits.  Arithmetic runs modulo the machine
+    word and is reduced at the end: what counts is modulo a power of two that divides it, so the result is the same.
     """
 
     lane: Lane
@@ -165,30 +168,83 @@ class RingLane:
 
     @property
     def word(self) -> np.dtype[np.unsignedinteger]:
-        """The machine word that holds one ring element, little-endian."""
-        for size in (1, 2, 4):
-            if self.ring_bits <= 8 * size:
-                return np.dtype(f"<u{size}")
-        return np.dtype("<u8")
+        """The machine word that holds one value: an integer modulo the word, negative ones from its top down."""
+        return _machine_word(self.ring_bits)
+
+    @property
+    def digits(self) -> int:
+        """How many values one masked word holds."""
+        # Ring elements may wrap in a sum, and would carry into the next digit.
+        return 1 if isinstance(self.lane.encoding, RingElements) else 64 // self.ring_bits
+
+    @property
+    def masked_bits(self) -> int:
+        """Masked words are integers modulo 2 to this."""
+        return self.digits * self.ring_bits
+
+    @property
+    def masked_word(self) -> np.dtype[np.unsignedinteger]:
+        """The machine word that holds one masked word."""
+        return _machine_word(self.masked_bits)
+
+    @property
+    def masked_length(self) -> int:
+        """Masked words of the lane.  Digits of the last one that no value is left for are 0."""
+        return -(-self.lane.length // self.digits)
 
     @property
     def packed_bytes(self) -> int:
         """Bytes of the packed vector on the wire."""
-        return -(-self.lane.length * self.ring_bits // 8)
+        return -(-self.masked_length * self.masked_bits // 8)
+
+    def join(self, values: Words) -> Words:
+        """New words of which ``values`` are the digits, the first the lowest; not reduced."""
+        if self.digits == 1:
+            return values.copy()
+        integers = values.view(f"<i{values.itemsize}") if self.lane.signed else values
+        words = np.zeros(-(-len(values) // self.digits), np.int64)
+        for digit in reversed(range(self.digits)):
+            own = integers[digit :: self.digits]
+            words <<= self.ring_bits
+            words[: len(own)] += own
+        return words.view(np.uint64)
+
+    def split(self, words: Words, out: npt.NDArray[np.int64]) -> None:
+        """Put the integers that are the digits of ``words`` into ``out``: centred around 0 for a signed lane, from 0 up
+        for counts."""
+        # With half the base added to each, no digit is negative, and none borrows from the next.
+        half = 1 << (self.ring_bits - 1) if self.lane.signed else 0
+        halves = sum(half << (digit * self.ring_bits) for digit in range(self.digits))
+        wide = words.astype(np.uint64)
+        wide += np.uint64(halves)
+        integers = out.view(np.uint64)
+        for digit in range(self.digits):
+            own = integers[digit :: self.digits]
+            np.right_shift(wide[: len(own)], np.uint64(digit * self.ring_bits), out=own)
+        integers &= np.uint64((1 << self.ring_bits) - 1)
+        integers -= np.uint64(half)
 
     def reduce(self, words: Words) -> Words:
-        """Reduce ``words`` from the word to the ring, in place."""
-        if self.ring_bits < 8 * self.word.itemsize:
-            words &= words.dtype.type((1 << self.ring_bits) - 1)
+        """Reduce masked words from the machine word to ``masked_bits``, in place."""
+        if self.masked_bits < 8 * words.itemsize:
+            words &= words.dtype.type((1 << self.masked_bits) - 1)
         return words
 
-    def lift(self, words: Words, *, out: npt.NDArray[np.int64] | None = None) -> npt.NDArray[np.int64]:
-        """The integers that reduced ring elements stand for, in ``out`` if that is given: centred around 0 for a signed
-        lane, from 0 up for counts."""
-        integers = np.empty(len(words), np.int64) if out is None else out
-        integers.view(np.uint64)[:] = words
+    def lift(self, values: Words) -> npt.NDArray[np.int64]:
+        """The integers that values modulo 2^``ring_bits`` or any multiple of it stand for: centred around 0 for a
+        signed lane, from 0 up for counts."""
+        integers = values.astype(np.uint64).view(np.int64)
+        integers <<= 64 - self.ring_bits
         if self.lane.signed:
-            # The ring's highest bit becomes the sign: shift it to the top, and back with its copies behind it.
-            integers <<= 64 - self.ring_bits
+            # The ring's highest bit is the sign now: it comes back with its copies behind it.
             integers >>= 64 - self.ring_bits
+        else:
+            integers.view(np.uint64)[:] >>= np.uint64(64 - self.ring_bits)
         return integers
+
+
+def _machine_word(bits: int) -> np.dtype[np.unsignedinteger]:
+    for size in (1, 2, 4):
+        if bits <= 8 * size:
+            return np.dtype(f"<u{size}")
+    return np.dtype("<u8")

@@ -1,9 +1,9 @@
 """Self masks and pairwise masks over one lane.
 
-A masked input is  x_u + self_u + sum over v < u of p_uv - sum over v > u of p_uv  in the lane's ring: the site with the
-larger name adds the mask that two sites share, the one with the smaller name subtracts it, so that the sum over both
-contains it no more (Bonawitz et al., CCS 2017, section 4).  Rings are powers of two and masks are uniform words, so a
-masked input is uniform whatever x_u is.
+A masked input is  x_u + self_u + sum over v < u of p_uv - sum over v > u of p_uv,  word by word, modulo a power of two:
+the site with the larger name adds the mask that two sites share, the one with the smaller name subtracts it, so that
+the sum over both contains it no more (Bonawitz et al., CCS 2017, section 4).  Masks are uniform words, so a masked
+input is uniform whatever x_u is.  A word of x_u has several values for its digits, see ``lanes``.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -41,7 +41,7 @@ def masks_of_input(
 
 
 def apply_masks(words: Words, masks: Iterable[MaskKey], *, start: int = 0, spread: Spread = map) -> None:
-    """Add or subtract each mask's keystream to ``words`` in place, modulo the word; the caller reduces to the ring.
+    """Add or subtract each mask's keystream to ``words`` in place, modulo the machine word; the caller reduces them.
 
     ``start``: which element of the masked vector ``words`` begin with, a multiple of 16.
     """
@@ -58,33 +58,39 @@ def apply_masks(words: Words, masks: Iterable[MaskKey], *, start: int = 0, sprea
 def unmasked_total(
     ring_lane: RingLane, words: Words, masks: Iterable[MaskKey], *, spread: Spread = map
 ) -> npt.NDArray[np.int64]:
-    """The integers that ``words`` stand for once ``masks`` are applied to them, in place."""
+    """The integers that are the digits of masked words once ``masks`` are applied to these, in place."""
     keys = list(masks)
-    total = np.empty(len(words), np.int64)
+    total = np.empty(ring_lane.lane.length, np.int64)
 
     def unmask(part: slice) -> None:
         apply = _masks_from(keys, part, words.dtype)
         for block in _blocks(part, words.dtype):
             apply(words[block])
-            ring_lane.lift(ring_lane.reduce(words[block]), out=total[block])
+            ring_lane.split(words[block], total[_values(ring_lane, block)])
 
     in_parts(unmask, _parts(words), spread)
     return total
 
 
 def masked_and_packed(
-    ring_lane: RingLane, words: Words, masks: Iterable[MaskKey], *, spread: Spread = map
+    ring_lane: RingLane, values: Words, masks: Iterable[MaskKey], *, spread: Spread = map
 ) -> Iterator[memoryview]:
-    """``words`` under ``masks``, packed, piece by piece; ``words`` stay as they are and no second vector is made."""
-    keys = list(masks)
+    """Words of ``values`` under ``masks``, packed, piece by piece; ``values`` stay as they are and no second vector is
+    made."""
+    keys, word = list(masks), ring_lane.masked_word
 
     def piece(block: slice) -> memoryview:
-        own = words[block].copy()
-        _masks_from(keys, block, words.dtype)(own)
-        return pack(ring_lane, ring_lane.reduce(own))
+        words = ring_lane.join(values[_values(ring_lane, block)])
+        _masks_from(keys, block, word)(words)
+        return pack(ring_lane, ring_lane.reduce(words))
 
     # One block for each thread at a time, however many threads there are.
-    yield from spread(piece, _blocks(slice(0, len(words)), words.dtype))
+    yield from spread(piece, _blocks(slice(0, ring_lane.masked_length), word))
+
+
+def _values(ring_lane: RingLane, block: slice) -> slice:
+    """Where the digits of a block of words lie among the lane's values."""
+    return slice(block.start * ring_lane.digits, min(block.stop * ring_lane.digits, ring_lane.lane.length))
 
 
 def _parts(words: Words) -> list[slice]:

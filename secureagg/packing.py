@@ -1,6 +1,6 @@
-"""Ring elements <-> packed bytes: value i of a b-bit lane is bits i*b to (i+1)*b of one little-endian bit stream.
+"""Masked words <-> packed bytes: word i, of b bits, is bits i*b to (i+1)*b of one little-endian bit stream.
 
-The last byte is filled up with zero bits.  After at most 8 values the stream is at a byte's beginning again: all values
+The last byte is filled up with zero bits.  After at most 8 words the stream is at a byte's beginning again: all words
 at the same place of such a group are handled at once, each through a window of whole bytes around its bits.
 """
 
@@ -26,9 +26,9 @@ Read = Callable[[int, int], bytes | memoryview]  # (offset, size) -> that many o
 
 
 def pack(ring_lane: RingLane, words: Words) -> memoryview:
-    """The packed bytes of ring elements, which must already be reduced: of a whole lane, or of a part that begins on a
+    """The packed bytes of masked words, which must already be reduced: of a whole lane, or of a part that begins on a
     byte.  They may share memory with ``words``."""
-    bits = ring_lane.ring_bits
+    bits = ring_lane.masked_bits
     if bits == 8 * words.dtype.itemsize:
         return words.data.cast("B")
     size = -(-len(words) * bits // 8)
@@ -44,7 +44,7 @@ def pack(ring_lane: RingLane, words: Words) -> memoryview:
 
 
 def check_packed(ring_lane: RingLane, packed: bytes | memoryview, *, who: str) -> None:
-    """Raise MalformedMessage naming ``who`` unless ``packed`` is what ``pack`` gives for some ring elements."""
+    """Raise MalformedMessage naming ``who`` unless ``packed`` is what ``pack`` gives for some words."""
     if len(packed) != ring_lane.packed_bytes:
         raise MalformedMessage(
             f"{who}, lane {ring_lane.lane.name}: {len(packed)} packed bytes, expected {ring_lane.packed_bytes}"
@@ -53,19 +53,19 @@ def check_packed(ring_lane: RingLane, packed: bytes | memoryview, *, who: str) -
 
 
 def check_filling(ring_lane: RingLane, last: int, *, who: str) -> None:
-    """Raise MalformedMessage naming ``who`` unless the bits behind the last value, in the ``last`` byte, are zero."""
+    """Raise MalformedMessage naming ``who`` unless the bits behind the last word, in the ``last`` byte, are zero."""
     # One vector has one encoding.
-    if (spare := -ring_lane.lane.length * ring_lane.ring_bits % 8) and last >> (8 - spare):
+    if (spare := -ring_lane.masked_length * ring_lane.masked_bits % 8) and last >> (8 - spare):
         raise MalformedMessage(f"{who}, lane {ring_lane.lane.name}: the last {spare} bits are not zero")
 
 
 def add_packed(total: Words, ring_lane: RingLane, read: Read, *, spread: Spread = map) -> None:
-    """Add the ring elements of packed bytes, which must have been checked, to ``total`` in place, block by block.
+    """Add the masked words of packed bytes, which must have been checked, to ``total`` in place, block by block.
 
-    Modulo the word; the caller reduces to the ring.
+    Modulo the machine word.
     ``read`` gives the bytes of one block at a time, and is called by the threads of ``spread``.
     """
-    bits = ring_lane.ring_bits
+    bits = ring_lane.masked_bits
 
     def add_part(part: slice) -> None:
         # Room for the windows that reach beyond the last value.  What lies there is above the ring's bits.

@@ -105,8 +105,7 @@ class SlotLane:
         return -(-self.ring_lane.lane.length // self.per_slot) * self.parts
 
     def write(self, words: Words, start: int, out: Slots) -> None:
-        """Put the digits of the ring elements ``words``, which must be reduced, into ``out``: the lane's slots from
-        ``start`` on."""
+        """Put the digits of the values ``words`` into ``out``: the lane's slots from ``start`` on."""
         for values, place, shift in self._pieces(start, len(out)):
             digits = words[values].astype(np.uint64)
             digits += np.uint64(self.offset)
@@ -131,7 +130,7 @@ class SlotLane:
     def total(self, sums: Slots, *, survivors: int) -> npt.NDArray[np.int64]:
         """The integers that the ``survivors``' ring elements add up to; ``sums`` are used up."""
         sums -= np.uint64(survivors * self.offset % (1 << 64))
-        return self.ring_lane.lift(self.ring_lane.reduce(sums))
+        return self.ring_lane.lift(sums)
 
     def _pieces(self, start: int, count: int) -> Iterator[tuple[slice, slice, int]]:
         """Values of the lane, where their digits are in ``count`` slots from ``start`` on, and how far shifted."""
@@ -177,7 +176,7 @@ class SlotLayout:
             yield range(first, min(first + _ROWS_AT_ONCE, self.ciphertexts))
 
     def slots_of(self, vectors: Mapping[str, Words], rows: range) -> Slots:
-        """The slots of the ciphertexts ``rows``, one after the other, from each lane's reduced ring elements."""
+        """The slots of the ciphertexts ``rows``, one after the other, from each lane's values."""
         slots = np.zeros(len(rows) * SLOTS, _WORD)
         for name, lane, start, place in self._overlaps(rows):
             lane.write(vectors[name], start, slots[place])

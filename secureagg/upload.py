@@ -28,7 +28,7 @@ def empty_sums(parameters: RoundParameters) -> Sums:
     if parameters.backend == "homomorphic":
         layout = parameters.slot_layout
         return CiphertextSum(Bfv(layout.slot_bits), layout.ciphertexts)
-    return {name: np.zeros(lane.lane.length, lane.word) for name, lane in parameters.lanes.items()}
+    return {name: np.zeros(lane.masked_length, lane.masked_word) for name, lane in parameters.lanes.items()}
 
 
 class Upload:
@@ -80,7 +80,7 @@ class Upload:
             self._check(who)
 
     def add_to(self, sums: Sums, *, spread: Spread = map) -> None:
-        """Add the whole input to ``sums`` (of lanes modulo the word), in place, block by block.
+        """Add the whole input to ``sums`` (of masked words modulo the machine word), in place, block by block.
 
         LocalProtocolError unless it is whole; OSError if the file cannot be read, when a part may have been added.
         """

@@ -29,7 +29,7 @@ from secureagg.upload import Upload
 replace = msgspec.structs.replace
 pytestmark = pytest.mark.usefixtures("backend")
 CHUNKS = 4
-SIZE = {"masked": 8, "homomorphic": FRESH_BYTES // 4}
+SIZE = {"masked": 12, "homomorphic": FRESH_BYTES // 4}
 LIAR = SiteId("site-001")
 
 

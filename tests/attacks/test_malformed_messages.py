@@ -296,7 +296,7 @@ def with_a_filling_bit(stopped: StoppedRound, packed: bytes) -> bytes:
     ends = np.cumsum([lane.packed_bytes for lane in lanes])
     assert ends[-1] == len(packed)
     # The last byte of the first lane whose bits do not fill whole bytes.
-    last = next(end - 1 for end, lane in zip(ends, lanes, strict=True) if lane.lane.length * lane.ring_bits % 8)
+    last = next(end - 1 for end, lane in zip(ends, lanes, strict=True) if lane.masked_length * lane.masked_bits % 8)
     return packed[:last] + bytes([packed[last] | 0x80]) + packed[last + 1 :]
 
 

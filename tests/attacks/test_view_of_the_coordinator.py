@@ -13,6 +13,7 @@ import msgspec
 import numpy as np
 import numpy.typing as npt
 import pytest
+from support.packed import integers
 
 from secureagg import (
     Aggregate,
@@ -70,11 +71,18 @@ Split = Mapping[SiteId, Share]
 
 
 def unpacked(ring_lane: RingLane, packed: bytes) -> Words:
-    """The ring elements of one packed lane: one little-endian stream of bits."""
-    length, bits = ring_lane.lane.length, ring_lane.ring_bits
+    """The masked words of one packed lane: one little-endian stream of bits."""
+    length, bits = ring_lane.masked_length, ring_lane.masked_bits
     stream = np.unpackbits(np.frombuffer(packed, np.uint8), count=length * bits, bitorder="little")
-    values = (stream.reshape(length, bits).astype(np.uint64) << np.arange(bits, dtype=np.uint64)).sum(axis=1)
-    return values.astype(ring_lane.word)
+    words = (stream.reshape(length, bits).astype(np.uint64) << np.arange(bits, dtype=np.uint64)).sum(axis=1)
+    return words.astype(ring_lane.masked_word)
+
+
+def digits(ring_lane: RingLane, words: Words) -> Words:
+    """The digits of reduced words, one for each value: all independent and uniform if the words are uniform."""
+    shifts = np.arange(ring_lane.digits, dtype=np.uint64) * np.uint64(ring_lane.ring_bits)
+    every = (words[:, None].astype(np.uint64) >> shifts) & np.uint64((1 << ring_lane.ring_bits) - 1)
+    return every.ravel()[: ring_lane.lane.length]
 
 
 @dataclass
@@ -98,7 +106,7 @@ class View:
         return {site: message for site, message in self.heard if isinstance(message, kind)}
 
     def lane(self, message: ToCoordinator, name: str) -> Words:
-        """One lane of a masked input."""
+        """The words of one lane of a masked input."""
         assert isinstance(message, MaskedInput)
         packed = b"".join(message.chunks)
         for other, ring_lane in self.parameters.lanes.items():
@@ -256,7 +264,7 @@ def test_what_was_left_out_is_computed_from_the_masked_inputs(number: int) -> No
 
 def test_masks_do_not_depend_on_inputs() -> None:
     """With the same random bytes, a site's two masked inputs differ by exactly what its two inputs differ by, in every
-    lane's ring.
+    word of each lane.
 
     Held by ``masks_of_input``, which is given keys and names only.
     """
@@ -265,7 +273,7 @@ def test_masks_do_not_depend_on_inputs() -> None:
         for name, ring_lane in one.parameters.lanes.items():
             first, second = (view.lane(view.heard_of(MaskedInput)[site], name) for view in (one, other))
             masked = first - second
-            plain = one.inputs[site][name] - other.inputs[site][name]
+            plain = ring_lane.join(one.inputs[site][name]) - ring_lane.join(other.inputs[site][name])
             np.testing.assert_array_equal(ring_lane.reduce(masked), ring_lane.reduce(plain))
             assert plain.any() == (site != D and name != "canary" and (name, site) != ("weight", A))
 
@@ -379,16 +387,18 @@ def test_no_statistic_tells_the_splits_apart() -> None:
             messages = view.heard_of(MaskedInput)
             known = {site: stripped(view, site, messages[site], colluding=[D]) for site in HONEST}
             for site in HONEST:
-                sent[number][site].append(view.lane(messages[site], "update"))
+                sent[number][site].append(digits(ring_lane, view.lane(messages[site], "update")))
             for subset, sums in partial[number].items():
-                sums.append(ring_lane.reduce(np.sum([known[site] for site in subset], axis=0, dtype=ring_lane.word)))
+                words = np.sum([known[site] for site in subset], axis=0, dtype=ring_lane.masked_word)
+                read = integers if subset == HONEST else digits
+                sums.append(read(ring_lane, ring_lane.reduce(words)))
     for samples in (sent, partial):
         for key in samples[0]:
             one, other = (np.concatenate(samples[number][key]) for number in (0, 1))
             if key == HONEST:
                 np.testing.assert_array_equal(one, other)
                 total = sum(splits[0][site].weight * splits[0][site].update for site in HONEST)
-                np.testing.assert_array_equal(ring_lane.lift(one), np.tile(total, ROUNDS))
+                np.testing.assert_array_equal(one, np.tile(total, ROUNDS))
             else:
                 assert not told_apart(one, other, ring_bits=ring_lane.ring_bits), f"{key} gives the split away"
 
@@ -404,7 +414,7 @@ def test_the_statistics_would_tell() -> None:
     words &= (1 << bits) - 1
     assert not told_apart(*words, ring_bits=bits)
     for site in HONEST:
-        plain = [np.tile(view.inputs[site]["update"], ROUNDS) for view in (one, other)]
+        plain = [np.tile(view.inputs[site]["update"], ROUNDS) & ((1 << bits) - 1) for view in (one, other)]
         assert told_apart(*plain, ring_bits=bits)
     narrow = words & ((1 << (bits - 5)) - 1)
     shifted = [narrow[number] + np.tile(view.inputs[C]["update"], ROUNDS) for number, view in enumerate((one, other))]
@@ -437,9 +447,9 @@ def with_a_dropout() -> View:
 
 
 def correlation(view: View, words: Words, site: SiteId) -> float:
-    """Of a vector of ring elements with a site's weighted update."""
+    """Of the digits of words with a site's weighted update."""
     lane = view.parameters.lanes["update"]
-    return abs(float(np.corrcoef(lane.lift(words), lane.lift(view.inputs[site]["update"]))[0, 1]))
+    return abs(float(np.corrcoef(integers(lane, words), lane.lift(view.inputs[site]["update"]))[0, 1]))
 
 
 def test_one_mask_of_each_honest_survivor_remains() -> None:
@@ -454,7 +464,7 @@ def test_one_mask_of_each_honest_survivor_remains() -> None:
     messages = view.heard_of(MaskedInput)
     left = {site: stripped(view, site, messages[site], colluding=COLLUDING) for site in (A, B)}
     for site, other in ((A, B), (B, A)):
-        own = view.inputs[site]["update"]
+        own = lane.reduce(lane.join(view.inputs[site]["update"]))
         assert (left[site] == own).sum() <= 2
         assert correlation(view, left[site], site) < CORRELATION_LIMIT
         assert correlation(view, left[site], other) < CORRELATION_LIMIT
@@ -463,12 +473,13 @@ def test_one_mask_of_each_honest_survivor_remains() -> None:
         apply_masks(bare, [(key, -pairwise_sign(site, other))])
         np.testing.assert_array_equal(lane.reduce(bare), own)  # just that one mask had remained
         assert correlation(view, bare, site) > 0.999
-    together = view.inputs[A]["update"] + view.inputs[B]["update"]
+    together = sum(lane.join(view.inputs[site]["update"]) for site in (A, B))
     np.testing.assert_array_equal(lane.reduce(left[A] + left[B]), lane.reduce(together))
     # A colluder's own input is no secret to its accomplices: the method does find what can be found.
     for site in COLLUDING:
         np.testing.assert_array_equal(
-            stripped(view, site, messages[site], colluding=COLLUDING), view.inputs[site]["update"]
+            stripped(view, site, messages[site], colluding=COLLUDING),
+            lane.reduce(lane.join(view.inputs[site]["update"])),
         )
 
 
@@ -488,7 +499,8 @@ def test_nothing_of_the_dropout_is_in_the_view() -> None:
     assert KeyPair(keys[E]).public == view.heard_of(KeyAdvertisement)[E].mask_key
     late = view.held_back[E]
     left = stripped(view, E, late, colluding=COLLUDING)
-    assert (left == view.inputs[E]["update"]).sum() <= 2
+    lane = view.parameters.lanes["update"]
+    assert (left == lane.reduce(lane.join(view.inputs[E]["update"]))).sum() <= 2
     assert correlation(view, left, E) < CORRELATION_LIMIT
     # The colluders hold a share each of its seed; of the others' shares of it none is in the view.
     answers = view.heard_of(UnmaskShares).values()

@@ -14,6 +14,7 @@ from support.chaos_programs import TAKEN, update_of, weight_of
 from support.consortium import make_consortium
 from support.federation import INITIAL
 from support.ledgers import open_ledger, reserve
+from support.packed import elements
 
 from secureagg import labels
 from secureagg.encoding import encode_input
@@ -67,10 +68,10 @@ class MadeUp:
         totals: dict[str, Any] = {}
         for name in NAMES:
             values = {**counts, **({UPDATE: update_of(SEED, name, number, 4)} if trains else {})}
-            encoded = encode_input(parameters, values, weight=weight_of(name) if trains else None).vectors
+            encoded = encode_input(parameters, values, weight=weight_of(name) if trains else None)
             lanes = {
-                lane: [ring.ring_bits, lane == UPDATE, encoded[lane].tolist()]
-                for lane, ring in parameters.lanes.items()
+                lane: [parameters.lanes[lane].ring_bits, lane == UPDATE, vector]
+                for lane, vector in elements(encoded, parameters).items()
             }
             where = {"run": "r", "round": number, "context": parameters.context.hex()}
             if trains:

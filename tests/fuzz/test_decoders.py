@@ -334,12 +334,12 @@ def test_hostile_chunks(sent: list[tuple[bytes, bytes]]) -> None:
 @fuzz
 @given(bits=st.integers(8, 64), length=st.integers(1, 40), data=st.data())
 def test_hostile_packed_lanes(bits: int, length: int, data: st.DataObject) -> None:
-    """Packed bytes of any length and content are ring elements whose one packing they are, or MalformedMessage."""
+    """Packed bytes of any length and content are words whose one packing they are, or MalformedMessage."""
     lane = RingLane(lane=Lane(name="x", length=length, encoding=Counts(maximum=1)), ring_bits=bits)
     exact = lane.packed_bytes
     size = data.draw(st.just(exact) | st.integers(0, exact + 9))
     packed = data.draw(st.binary(min_size=size, max_size=size))
-    spare = -length * bits % 8
+    spare = -lane.masked_length * lane.masked_bits % 8
     if size == exact and spare and data.draw(st.booleans()):
         packed = packed[:-1] + bytes([packed[-1] & 0xFF >> spare])
     right = size == exact and not (spare and packed[-1] >> 8 - spare)
@@ -349,9 +349,9 @@ def test_hostile_packed_lanes(bits: int, length: int, data: st.DataObject) -> No
         assert not right
         return
     assert right
-    assert words.shape == (length,)
-    assert words.dtype == lane.word
-    assert all(int(word) >> bits == 0 for word in words)
+    assert words.shape == (lane.masked_length,)
+    assert words.dtype == lane.masked_word
+    assert all(int(word) >> lane.masked_bits == 0 for word in words)
     assert pack(lane, words) == packed
     np.testing.assert_array_equal(unpack(lane, memoryview(packed), who="peer"), words)
 

@@ -197,8 +197,13 @@ def ring_bits(lane: Lane, cohort_size: int, max_weight: int | None) -> int:
     return bits
 
 
+def is_signed(lane: Lane) -> bool:
+    """Whether the lane's ring elements stand for integers on both sides of 0."""
+    return isinstance(lane.encoding, FixedPoint)
+
+
 def word_bytes(bits: int) -> int:
-    """Bytes of the machine word of a ring: the least of 1, 2, 4 and 8 that holds ``bits`` bits."""
+    """Bytes of the machine word for so many bits: the least of 1, 2, 4 and 8 that holds ``bits`` bits."""
     return next(size for size in (1, 2, 4, 8) if bits <= 8 * size)
 
 
@@ -389,6 +394,32 @@ def encode_input(
     return {lane.name: [value % 2 ** spec.bits(lane) for value in plain[lane.name]] for lane in spec.lanes}
 
 
+def centred(element: int, bits: int, signed: bool) -> int:
+    """The integer that an element of the ring of ``bits`` bits stands for."""
+    return element - 2**bits if signed and element >= 2 ** (bits - 1) else element
+
+
+def join(elements: Sequence[int], bits: int, signed: bool) -> list[int]:
+    """Masked words: the integers of as many elements as 64 bits hold, as digits to the base 2^bits, lowest first."""
+    count = 64 // bits
+    words = []
+    for at in range(0, len(elements), count):
+        digits = [centred(element, bits, signed) for element in elements[at : at + count]]
+        words.append(sum(digit * 2 ** (place * bits) for place, digit in enumerate(digits)) % 2 ** (count * bits))
+    return words
+
+
+def split(words: Iterable[int], length: int, bits: int, signed: bool) -> list[int]:
+    """The ``length`` integers that are the digits of sums of words."""
+    found = []
+    for word in words:
+        rest = word
+        for _ in range(64 // bits):
+            found.append(centred(rest % 2**bits, bits, signed))
+            rest = (rest - found[-1]) // 2**bits
+    return found[:length]
+
+
 def pack(values: Iterable[int], bits: int) -> bytes:
     """Value i becomes bits i * bits to (i + 1) * bits of a little-endian stream, filled up with zero bits."""
     out, waiting, held = bytearray(), 0, 0
@@ -473,7 +504,7 @@ def share_commitments(context: bytes, owner: str, holder: str, mask_key_share: b
 
 
 def mask(key: bytes, length: int, bits: int) -> list[int]:
-    """The mask of ``length`` values under ``key``: one whole machine word of keystream each, not yet reduced."""
+    """The mask of ``length`` words under ``key``: one whole machine word of keystream each, not yet reduced."""
     size = word_bytes(bits)
     stream = keystream(key, length * size)
     return [int.from_bytes(stream[at : at + size], "little") for at in range(0, len(stream), size)]
@@ -572,12 +603,13 @@ class Site:
         for lane in spec.lanes:
             bits = spec.bits(lane)
             own_key = derive(spec.roster, context, self.self_seed, "self-mask", lane.name, me)
-            values = add_mask(vectors[lane.name], 1, own_key, bits)
+            word_bits = 64 // bits * bits
+            words = add_mask(join(vectors[lane.name], bits, is_signed(lane)), 1, own_key, word_bits)
             for peer in peers:
                 secret = x25519(self.mask_secret, self.mask_keys[peer])
                 key = derive(spec.roster, context, secret, "pairwise-mask", lane.name, min(me, peer), max(me, peer))
-                values = add_mask(values, 1 if me > peer else -1, key, bits)
-            packed += pack(values, bits)
+                words = add_mask(words, 1 if me > peer else -1, key, word_bits)
+            packed += pack(words, word_bits)
         chunks = [packed[at : at + CHUNK_BYTES] for at in range(0, len(packed), CHUNK_BYTES)]
         digests = [sha256(chunk).digest() for chunk in chunks]
         if spec.neighbours is None:
@@ -722,23 +754,22 @@ def recover(
     totals, offset = {}, 0
     for lane in spec.lanes:
         bits = spec.bits(lane)
-        size = -(-lane.length * bits // 8)
-        values = [0] * lane.length
+        word_bits, length = 64 // bits * bits, -(-lane.length // (64 // bits))
+        size = -(-length * word_bits // 8)
+        words = [0] * length
         for name, chunks in inputs.items():
-            own = unpack(b"".join(chunks)[offset : offset + size], lane.length, bits)
-            values = [(value + other) % 2**bits for value, other in zip(values, own, strict=True)]
+            own = unpack(b"".join(chunks)[offset : offset + size], length, word_bits)
+            words = [(word + other) % 2**word_bits for word, other in zip(words, own, strict=True)]
             own_key = derive(spec.roster, spec.context, seeds[name], "self-mask", lane.name, name)
-            values = add_mask(values, -1, own_key, bits)
+            words = add_mask(words, -1, own_key, word_bits)
             for gone in dropouts:
                 if name not in holders[gone] and gone not in holders[name]:
                     continue
                 secret = x25519(mask_secrets[gone], advertisements[name][4])
                 pair = min(name, gone), max(name, gone)
                 key = derive(spec.roster, spec.context, secret, "pairwise-mask", lane.name, *pair)
-                values = add_mask(values, -1 if name > gone else 1, key, bits)
-        if isinstance(lane.encoding, FixedPoint):
-            values = [value - 2**bits if value >= 2 ** (bits - 1) else value for value in values]
-        totals[lane.name] = values
+                words = add_mask(words, -1 if name > gone else 1, key, word_bits)
+        totals[lane.name] = split(words, lane.length, bits, is_signed(lane))
         offset += size
     return totals
 

@@ -11,6 +11,7 @@ import pytest
 import reference.protocol_reference as plain
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from support.packed import elements
 
 from secureagg import (
     Card,
@@ -21,6 +22,7 @@ from secureagg import (
     Lane,
     ParameterError,
     Participant,
+    RingElements,
     Roster,
     RoundParameters,
     ThresholdNotMet,
@@ -183,7 +185,7 @@ def run_implementation(given_case: Case, parameters: RoundParameters) -> plain.T
     return plain.Transcript(
         from_sites=from_sites,
         to_sites=to_sites,
-        encoded={name: {lane: v.tolist() for lane, v in item.vectors.items()} for name, item in encoded.items()},
+        encoded={name: elements(item, parameters) for name, item in encoded.items()},
         totals={lane: total.tolist() for lane, total in aggregate.totals.items()},
         survivors=aggregate.survivors,
         digest=aggregate.digest,
@@ -458,11 +460,11 @@ def test_long_packed_vectors(bits: int) -> None:
     length = 66_001
     values = plain.unpack(plain.keystream(bytes(32), length * 8), length, bits)
     packed = plain.pack(values, bits)
-    lane = RingLane(lane=Lane(name="x", length=length, encoding=Counts(maximum=1)), ring_bits=bits)
+    lane = RingLane(lane=Lane(name="x", length=length, encoding=RingElements(ring_bits=bits)), ring_bits=bits)
     assert pack(lane, np.array(values, lane.word)) == packed
-    total = np.ones(length, lane.word)
+    total = np.ones(length, lane.masked_word)
     add_packed(total, lane, lambda offset, size: packed[offset : offset + size])
-    assert lane.reduce(total - lane.word.type(1)).tolist() == values
+    assert lane.reduce(total - lane.masked_word.type(1)).tolist() == values
 
 
 def test_the_entropy_of_the_reference() -> None:

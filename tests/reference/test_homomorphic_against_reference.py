@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import reference.homomorphic_reference as homomorphic
 import reference.protocol_reference as plain
+from support.packed import elements
 from support.rounds import HISTOGRAM, UPDATE, StoppedRound
 
 from secureagg import SiteId
@@ -96,10 +97,7 @@ def test_a_whole_round(release_to: str) -> None:
 
     stopped.deliver(stopped.until(KeyedDelivery))
     sent = dict(stopped.pending)
-    elements = {
-        site: {lane.name: stopped.inputs[site].vectors[lane.name].tolist() for lane in spec.lanes}
-        for site in stopped.sites
-    }
+    encoded = {site: elements(stopped.inputs[site], stopped.parameters) for site in stopped.sites}
     for site, message in sent.items():
         mask_key, seed, _ = draws(spec, site)
         masks = [(plain.derive(spec.roster, spec.context, seed, "self-mask", "/slots", site), 1)]
@@ -109,7 +107,7 @@ def test_a_whole_round(release_to: str) -> None:
                 names = "/slots", *sorted((site, peer))
                 pairwise = plain.derive(spec.roster, spec.context, shared, "pairwise-mask", *names)
                 masks.append((pairwise, 1 if site > peer else -1))
-        expected = homomorphic.add_masks(spec, homomorphic.slots_of(spec, elements[site]), masks)
+        expected = homomorphic.add_masks(spec, homomorphic.slots_of(spec, encoded[site]), masks)
         # SEAL makes the second half of a fresh ciphertext of its seed; the rest is the reference's.
         raw = b"".join(message.chunks)
         size = len(raw) // 2

@@ -61,9 +61,12 @@ def counter_mode(key: bytes, length: int) -> bytes:
     return Cipher(AES256(key), ECB()).encryptor().update(blocks)[:length]  # noqa: S305
 
 
+@pytest.mark.parametrize("gcm", [True, False])
 @pytest.mark.parametrize("size", [BLOCK_BYTES, 3 * BLOCK_BYTES + 16, BLOCK_BYTES // 2 - 16, 4])
-def test_keystream_is_aes_256_ctr(size: int) -> None:
-    """The stream is AES-256 of its counter blocks, whatever sizes it is read in, over the ends of its stretches."""
+def test_keystream_is_aes_256_ctr(size: int, gcm: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The stream is AES-256 of its counter blocks, whatever sizes it is read in, over the ends of its stretches, by
+    whichever of OpenSSL's codes."""
+    monkeypatch.setattr("secureagg.keystream._gcm_is_faster", lambda: gcm)
     key, words = bytes(range(32)), np.zeros((3 * BLOCK_BYTES + 32) // 4, "<u4")
     stream = Keystream(key)
     for start in range(0, len(words) if size > 4 else 100, size // 4):

@@ -1,19 +1,20 @@
-"""Packing of ring elements into bytes."""
+"""Packing of masked words into bytes."""
 
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from support.packed import unpack
+from support.packed import integers, unpack
 
-from secureagg import Counts, Lane, MalformedMessage
+from secureagg import Counts, Lane, MalformedMessage, RingElements
 from secureagg.lanes import RingLane
 from secureagg.packing import pack
 
 
 def ring_lane(length: int, bits: int) -> RingLane:
-    """A lane of this length in a ring of this width."""
-    return RingLane(lane=Lane(name="x", length=length, encoding=Counts(maximum=1)), ring_bits=bits)
+    """A lane of this length in a ring of this width, whose words hold one value each."""
+    encoding = RingElements(ring_bits=bits) if bits < 64 else Counts(maximum=1)
+    return RingLane(lane=Lane(name="x", length=length, encoding=encoding), ring_bits=bits)
 
 
 def reference(values: list[int], bits: int) -> bytes:
@@ -64,3 +65,15 @@ def test_filling_bits_are_zero() -> None:
     assert unpack(lane, bytes([255, 255, 15]), who="x").tolist() == [2**20 - 1]
     with pytest.raises(MalformedMessage, match="last 4 bits"):
         unpack(lane, bytes([0, 0, 16]), who="x")
+
+
+@pytest.mark.parametrize(("bits", "length", "size"), [(20, 3, 8), (20, 4, 15), (9, 1, 8), (22, 2, 6), (33, 2, 9)])
+def test_several_values_in_a_word(bits: int, length: int, size: int) -> None:
+    """The words of a lane have as many values as 64 bits hold, all with as many bits, whether a value is left for each
+    digit or not."""
+    lane = RingLane(lane=Lane(name="x", length=length, encoding=Counts(maximum=1)), ring_bits=bits)
+    values = np.arange(1, length + 1).astype(lane.word)
+    packed = pack(lane, lane.join(values))
+    assert len(packed) == lane.packed_bytes == size
+    assert int.from_bytes(packed, "little") == sum((place + 1) << (place * bits) for place in range(length))
+    assert integers(lane, unpack(lane, packed, who="x")).tolist() == values.tolist()

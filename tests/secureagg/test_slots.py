@@ -147,7 +147,7 @@ def test_a_whole_rounds_lanes_add_up() -> None:
         expected = np.zeros(ring_lane.lane.length, ring_lane.word)
         for vector in vectors:
             expected += vector[name]
-        np.testing.assert_array_equal(totals[name], ring_lane.lift(ring_lane.reduce(expected)))
+        np.testing.assert_array_equal(totals[name], ring_lane.lift(expected))
     assert totals[CANARY].tolist() == [4]
 
 

@@ -30,12 +30,10 @@ def parameters() -> RoundParameters:
 
 
 def vectors_of(parameters: RoundParameters, seed: int) -> dict[str, np.ndarray]:
-    """Ring elements for every lane."""
+    """Masked words for every lane."""
     random = np.random.default_rng(seed)
     return {
-        name: (random.integers(0, 2**64, lane.lane.length, np.uint64) >> np.uint64(64 - lane.ring_bits)).astype(
-            lane.word
-        )
+        name: random.integers(0, 2**lane.masked_bits, lane.masked_length, np.uint64).astype(lane.masked_word)
         for name, lane in parameters.lanes.items()
     }
 
@@ -130,7 +128,7 @@ def test_filling_bits_of_every_lane(parameters: RoundParameters) -> None:
     packed, end, tried = packed_of(parameters, vectors_of(parameters, 1)), 0, 0
     for name, lane in parameters.lanes.items():
         end += lane.packed_bytes
-        if not lane.lane.length * lane.ring_bits % 8:
+        if not lane.masked_length * lane.masked_bits % 8:
             continue
         *chunks, last = cut(packed[: end - 1] + bytes([packed[end - 1] | 0x80]) + packed[end:])
         upload = begun(parameters, [*chunks, last])

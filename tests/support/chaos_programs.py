@@ -35,6 +35,7 @@ from sites.rounds import UPDATE, transport_limits
 from sites.trainer import Examples, heart_model, trainer_of
 from support.fork_server import ForkServer
 from support.killed_site import NOISE, append, hospital
+from support.packed import elements
 from transport import connect
 
 TAKEN = "taken.jsonl"
@@ -78,8 +79,8 @@ def take_part(folder: str, name: str, address: str, seed: int, ledger: bool, qui
     def encode(parameters: RoundParameters, values: Any, **options: Any) -> EncodedInput:
         encoded = encode_input(parameters, values, **options)
         lanes = {
-            lane: [ring.ring_bits, lane == UPDATE, encoded.vectors[lane].tolist()]
-            for lane, ring in (() if quiet else parameters.lanes.items())
+            lane: [parameters.lanes[lane].ring_bits, lane == UPDATE, vector]
+            for lane, vector in ({} if quiet else elements(encoded, parameters)).items()
         }
         where = {"run": parameters.run, "round": parameters.round_number, "context": parameters.context.hex()}
         note("sent", **where, lanes=lanes)

@@ -1,19 +1,35 @@
-"""Unpacking as a function of its own, from the two steps in which the coordinator does it."""
+"""Unpacking as a function of its own, from the steps in which the coordinator does it."""
 
 from collections.abc import Callable
 
 import numpy as np
+import numpy.typing as npt
 
+from secureagg.encoding import EncodedInput
 from secureagg.lanes import RingLane, Words
 from secureagg.packing import add_packed, check_packed
+from secureagg.parameters import RoundParameters
 
 
 def unpack(ring_lane: RingLane, packed: bytes | memoryview, *, who: str) -> Words:
-    """The ring elements of packed bytes; MalformedMessage naming ``who`` for bytes that are none."""
+    """The masked words of packed bytes; MalformedMessage naming ``who`` for bytes that are none."""
     check_packed(ring_lane, packed, who=who)
-    total = np.zeros(ring_lane.lane.length, ring_lane.word)
+    total = np.zeros(ring_lane.masked_length, ring_lane.masked_word)
     add_packed(total, ring_lane, reader(packed))
     return ring_lane.reduce(total)
+
+
+def elements(encoded: EncodedInput, parameters: RoundParameters) -> dict[str, list[int]]:
+    """Lane -> ring elements of a site's input, whose vectors are integers modulo the machine word."""
+    bits = {name: lane.ring_bits for name, lane in parameters.lanes.items()}
+    return {name: [value % 2 ** bits[name] for value in words.tolist()] for name, words in encoded.vectors.items()}
+
+
+def integers(ring_lane: RingLane, words: Words) -> npt.NDArray[np.int64]:
+    """The integers that masked words without masks hold."""
+    found = np.empty(ring_lane.lane.length, np.int64)
+    ring_lane.split(words, found)
+    return found
 
 
 def reader(packed: bytes | memoryview) -> Callable[[int, int], bytes | memoryview]:

@@ -341,7 +341,7 @@ def homomorphic() -> dict[str, Any]:
 
 
 def masks() -> dict[str, Any]:
-    """First bytes of keystreams, as bytes and as words; masks over a few ring elements."""
+    """First bytes of keystreams, as bytes and as words; masks over a few words."""
     entropy = plain.counting_entropy(b"masks")
     streams = []
     for key in (bytes(32), entropy(32)):
@@ -356,26 +356,36 @@ def masks() -> dict[str, Any]:
         for key, sign in key_signs:
             result = plain.add_mask(result, sign, key, bits)
         named = [{"key": key, "sign": sign} for key, sign in key_signs]
-        masked.append({"ring_bits": bits, "values": values, "masks": named, "masked": result})
+        masked.append({"word_bits": bits, "values": values, "masks": named, "masked": result})
     return {"keystreams": streams, "masked": masked}
 
 
 def packing() -> dict[str, Any]:
-    """Ring elements and their packed bytes; bytes to refuse."""
+    """Words and their packed bytes; bytes to refuse; ring elements and the words that have them for digits."""
     packed = []
     for bits in WIDTHS:
         for length in (1, 5, 17):
             entropy = plain.counting_entropy(f"packing {bits} {length}".encode())
             values = [int.from_bytes(entropy(8), "little") % 2**bits for _ in range(length)]
             values[-1] = 2**bits - 1
-            packed.append({"ring_bits": bits, "values": values, "packed": plain.pack(values, bits)})
+            packed.append({"word_bits": bits, "words": values, "packed": plain.pack(values, bits)})
     refused = [
-        {"ring_bits": 9, "length": 1, "packed": b"\x00\x02"},
-        {"ring_bits": 20, "length": 3, "packed": bytes(7) + b"\x80"},
-        {"ring_bits": 20, "length": 3, "packed": bytes(7)},
-        {"ring_bits": 16, "length": 2, "packed": bytes(5)},
+        {"word_bits": 9, "length": 1, "packed": b"\x00\x02"},
+        {"word_bits": 20, "length": 3, "packed": bytes(7) + b"\x80"},
+        {"word_bits": 20, "length": 3, "packed": bytes(7)},
+        {"word_bits": 16, "length": 2, "packed": bytes(5)},
     ]
-    return {"packed": packed, "refused": refused}
+    joined = []
+    for bits in WIDTHS:
+        for signed, length in ((True, 1), (True, 9), (False, 8)):
+            entropy = plain.counting_entropy(f"joining {bits} {signed} {length}".encode())
+            elements = [int.from_bytes(entropy(8), "little") % 2**bits for _ in range(length)]
+            elements[0] = 2**bits - 1
+            words = plain.join(elements, bits, signed)
+            integers = [plain.centred(element, bits, signed) for element in elements]
+            assert plain.split(words, length, bits, signed) == integers
+            joined.append({"ring_bits": bits, "signed": signed, "integers": integers, "words": words})
+    return {"packed": packed, "refused": refused, "joined": joined}
 
 
 def encodings() -> list[dict[str, Any]]:
@@ -798,7 +808,7 @@ def hostile_to_coordinator(honest: Honest) -> list[CoordinatorCase]:
         return [*bytes_of(honest.signed(masked, f4=[sha256(packed).digest()])), packed]
 
     padded = bytearray(chunks[0])
-    padded[8 + -(-3 * 9 // 8) - 1] |= 0x80  # behind the canary: the histogram's last byte
+    padded[8 + 8 - 1] |= 0x80  # behind the canary: bit 63 of the histogram's one word of seven times 9 bits
     seeds = answer[4]
     wrong = ((int.from_bytes(seeds[0][1], "little") + 1) % plain.PRIME).to_bytes(33, "little")
     beyond = plain.PRIME.to_bytes(33, "little")

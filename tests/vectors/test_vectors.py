@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from support.packed import elements
 from vectors import generate
 
 from secureagg import (
@@ -18,6 +19,7 @@ from secureagg import (
     Identity,
     Lane,
     Participant,
+    RingElements,
     Roster,
     RoundParameters,
     SiteId,
@@ -74,15 +76,16 @@ def drawn(draws: list[str]) -> Callable[[int], bytes]:
     return entropy
 
 
-def ring(bits: int, length: int) -> RingLane:
-    """A lane of that shape; its encoding plays no part."""
-    return RingLane(lane=Lane(name="x", length=length, encoding=Counts(maximum=1)), ring_bits=bits)
+def words_of(bits: int, length: int) -> RingLane:
+    """A lane of so many words of one value each."""
+    encoding = RingElements(ring_bits=bits) if bits < 64 else Counts(maximum=1)
+    return RingLane(lane=Lane(name="x", length=length, encoding=encoding), ring_bits=bits)
 
 
 def unpacked(lane: RingLane, packed: bytes) -> list[int]:
-    """The ring elements of ``packed``, checked and added to zeros."""
+    """The words of ``packed``, checked and added to zeros."""
     check_packed(lane, packed, who="test")
-    total = np.zeros(lane.lane.length, lane.word)
+    total = np.zeros(lane.masked_length, lane.masked_word)
     add_packed(total, lane, lambda offset, size: packed[offset : offset + size])
     return lane.reduce(total).tolist()
 
@@ -345,30 +348,43 @@ def test_keystreams_over_a_stretch(offset: int) -> None:
         assert words[-8:].tobytes() == raw(item["over_a_stretch"])
 
 
-@pytest.mark.parametrize("item", load("masks.json")["masked"], ids=lambda item: f"{item['ring_bits']} bits")
+@pytest.mark.parametrize("item", load("masks.json")["masked"], ids=lambda item: f"{item['word_bits']} bits")
 def test_masked_values(item: dict[str, Any]) -> None:
     """Values under an added and a subtracted mask are as given, in the ring."""
-    lane = ring(item["ring_bits"], len(item["values"]))
-    words = np.array(item["values"], lane.word)
+    lane = words_of(item["word_bits"], len(item["values"]))
+    words = np.array(item["values"], lane.masked_word)
     apply_masks(words, [(raw(mask["key"]), mask["sign"]) for mask in item["masks"]])
     assert lane.reduce(words).tolist() == item["masked"]
 
 
 @pytest.mark.parametrize(
-    "item", load("packing.json")["packed"], ids=lambda item: f"{len(item['values'])} of {item['ring_bits']} bits"
+    "item", load("packing.json")["packed"], ids=lambda item: f"{len(item['words'])} of {item['word_bits']} bits"
 )
 def test_packed_values(item: dict[str, Any]) -> None:
-    """Ring elements pack to the given bytes, and these unpack to them."""
-    lane = ring(item["ring_bits"], len(item["values"]))
-    assert pack(lane, np.array(item["values"], lane.word)) == raw(item["packed"])
-    assert unpacked(lane, raw(item["packed"])) == item["values"]
+    """Words pack to the given bytes, and these unpack to them."""
+    lane = words_of(item["word_bits"], len(item["words"]))
+    assert pack(lane, np.array(item["words"], lane.masked_word)) == raw(item["packed"])
+    assert unpacked(lane, raw(item["packed"])) == item["words"]
+
+
+@pytest.mark.parametrize("item", load("packing.json")["joined"], ids=lambda item: f"{item['ring_bits']} bits")
+def test_joined_values(item: dict[str, Any]) -> None:
+    """Integers become the given words as their digits, and are read off them again."""
+    encoding = FixedPoint(value_range=1.0) if item["signed"] else Counts(maximum=1)
+    lane = Lane(name="x", length=len(item["integers"]), encoding=encoding)
+    ring_lane = RingLane(lane=lane, ring_bits=item["ring_bits"])
+    values = np.array([integer % 2**64 for integer in item["integers"]], np.uint64).astype(ring_lane.word)
+    assert ring_lane.reduce(ring_lane.join(values)).tolist() == item["words"]
+    found = np.empty(lane.length, np.int64)
+    ring_lane.split(np.array(item["words"], ring_lane.masked_word), found)
+    assert found.view(np.uint64).tolist() == [integer % 2**64 for integer in item["integers"]]
 
 
 def test_packed_bytes_to_refuse() -> None:
     """Bytes of another length, and filling bits that are not zero, are refused."""
     for item in load("packing.json")["refused"]:
         with pytest.raises(MalformedMessage):
-            unpacked(ring(item["ring_bits"], item["length"]), raw(item["packed"]))
+            unpacked(words_of(item["word_bits"], item["length"]), raw(item["packed"]))
 
 
 @pytest.mark.parametrize("index", range(len(load("encoding.json"))))
@@ -384,7 +400,7 @@ def test_encoded_values(index: int) -> None:
     parameters: Any = SimpleNamespace(lanes=lanes, max_weight=item["max_weight"])
     values = {lane.name: np.array(item["values"])}
     encoded = encode_input(parameters, values, weight=item["weight"], entropy=drawn([item["coins_key"]]))
-    assert {name: words.tolist() for name, words in encoded.vectors.items()} == item["encoded"]
+    assert elements(encoded, parameters) == item["encoded"]
 
 
 # --- whole rounds ---
@@ -403,7 +419,7 @@ class Replay:
         for site, item in self.known["sites"].items():
             values = {lane: np.array(given) for lane, given in item["values"].items()}
             encoded = encode_input(self.parameters, values, weight=item["weight"], entropy=drawn(item["coins"]))
-            assert {lane: words.tolist() for lane, words in encoded.vectors.items()} == item["encoded"]
+            assert elements(encoded, self.parameters) == item["encoded"]
             self.participants[site] = Participant(
                 site=SiteId(site),
                 identity=identity_of(site),
