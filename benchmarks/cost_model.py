@@ -1,7 +1,7 @@
 """What a round would cost, from a handful of measured constants: a site and the coordinator, in seconds and bytes.
 
-With n sites, d values, rings of b bits in words of w bytes, k holders of each site's shares, of whom t suffice, and s
-sites that drop out before their input (k = n - 1 on the complete graph):
+With n sites, d values in rings of b bits, w = 8 / (64 div b) bytes of keystream for each, k holders of each site's
+shares, of whom t suffice, and s sites that drop out before their input (k = n - 1 on the complete graph):
 
     neighbours         v = n - 1, or 2k - k^2 / (n - 1) on the sparse graph, where a site has masks with those whom it
                            drew or who drew it, each of the others with probability 1 - (1 - k / (n - 1))^2
@@ -132,9 +132,9 @@ class Shape:
         return 2 * self.k - self.k**2 / (self.n - 1) if self.sparse else self.n - 1
 
     @property
-    def w(self) -> int:
-        """Bytes of a word."""
-        return 4 if self.b <= 32 else 8
+    def w(self) -> float:
+        """Bytes of keystream for each value."""
+        return 8 / (64 // self.b)
 
     @property
     def p(self) -> float:
@@ -147,7 +147,7 @@ class Shape:
         return self.s * self.v * (self.n - self.s) / (self.n - 1)
 
     @property
-    def stream(self) -> int:
+    def stream(self) -> float:
         """Bytes of one keystream."""
         return self.c * SLOTS * SLOT_BYTES if self.c else self.d * self.w
 

@@ -258,8 +258,8 @@ def _of_values(repeats: int) -> dict[str, float]:
     part.site()
     ring = part.parameters.lanes[LANE]
     vectors = encode_input(part.parameters, {LANE: part.update}).vectors
-    words, keys = vectors[LANE].copy(), [(bytes([number]) * 32, 1) for number in range(SITES)]
-    chunks, sums = part.message.chunks, {name: np.zeros_like(vector) for name, vector in vectors.items()}
+    words, keys = ring.join(vectors[LANE]), [(bytes([number]) * 32, 1) for number in range(SITES)]
+    chunks, sums = part.message.chunks, empty_sums(part.parameters)
     packed = sum(map(len, chunks))
     upload: list[Upload] = []
 

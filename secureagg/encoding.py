@@ -14,7 +14,7 @@ import numpy.typing as npt
 
 from secureagg.errors import ParameterError, ShapeMismatch, ValueOutOfRange
 from secureagg.identity import Entropy
-from secureagg.keystream import Keystream, Spread, in_parts, parts_of
+from secureagg.keystream import Keystream, Room, Spread, in_parts, parts_of
 from secureagg.lanes import CANARY, CLIPPED, WEIGHT, Counts, FixedPoint, Lane, RingElements, RingLane, Words, integer
 from secureagg.parameters import RoundParameters
 
@@ -135,7 +135,7 @@ class _Buffers:
     """Memory for one block, used again for the next: fresh memory costs more than the arithmetic on it."""
 
     def __init__(self, size: int) -> None:
-        self.scaled, self.fixed, self.draws = np.empty(size), np.empty(size, _INT64), np.empty(size, _UINT32)
+        self.scaled, self.fixed, self.coins = np.empty(size), np.empty(size, _INT64), Room(_UINT32, size)
 
 
 def _encode_block(
@@ -150,7 +150,7 @@ def _encode_block(
     """Write the integers of one block, which begins at index ``start``, into ``words``; returns how many were
     clipped."""
     size = len(values)
-    scaled, fixed, draws = buffers.scaled[:size], buffers.fixed[:size], buffers.draws[:size]
+    scaled, fixed = buffers.scaled[:size], buffers.fixed[:size]
     scaled[:] = values
     clipped = 0
     # Two comparisons that a NaN fails too; only then is it worth finding out what is wrong.
@@ -162,9 +162,8 @@ def _encode_block(
         np.clip(scaled, -edge, edge, out=scaled)
     np.ceil(scaled, out=scaled)
     np.copyto(fixed, scaled, casting="unsafe")
-    coins.fill(draws)
     # x + (2^32 - 1 - coin) / 2^32, rounded down: up with probability equal to the fraction of x, to within 2^-32.
-    fixed -= draws
+    fixed -= coins.next(buffers.coins, size)
     fixed += 2**32 - 1
     words[:] = fixed.view(_INT32)[1::2]
     return clipped

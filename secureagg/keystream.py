@@ -12,22 +12,25 @@ in.
 
 import time
 from collections.abc import Callable, Iterable
-from functools import cache
+from functools import cache, partial
 from typing import Final, Protocol, TypeVar
 
 import numpy as np
-from cryptography.hazmat.primitives.ciphers import AEADEncryptionContext, Cipher, CipherContext
+from cryptography.hazmat.primitives.ciphers import Cipher
+from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 from cryptography.hazmat.primitives.ciphers.algorithms import AES256
 from cryptography.hazmat.primitives.ciphers.modes import CTR, GCM
 
+from secureagg.errors import LocalProtocolError
 from secureagg.lanes import Words
 
 # A block of the accumulator stays in cache while every neighbour's keystream passes over it, and is long enough for a
 # second thread to work meanwhile: measured from 32 KiB to 16 MiB.
 BLOCK_BYTES: Final = 512 * 1024
 _AES_BYTES: Final = 16
+_TAG_BYTES: Final = 16
 STRETCH_BLOCKS: Final = BLOCK_BYTES // _AES_BYTES
-_FIRST: Final = 2  # counter of a stretch: GCM keeps 1 for its tag, which is not asked for here
+_FIRST: Final = 2  # counter of a stretch: GCM has 1 for its tag
 _ZEROS = bytes(BLOCK_BYTES)
 _PARTS: Final = 16
 
@@ -53,33 +56,43 @@ def in_parts(work: Callable[[slice], None], parts: Iterable[slice], spread: Spre
         pass
 
 
+class Room:
+    """Memory for ``length`` words of a keystream at a time; behind them GCM puts its tag, which nobody reads."""
+
+    def __init__(self, word: "np.dtype[np.unsignedinteger]", length: int) -> None:
+        memory = np.empty(length * word.itemsize + _TAG_BYTES, np.uint8)
+        self.raw, self.words = memory.data, memory[:-_TAG_BYTES].view(word)
+
+
 class Keystream:
     """The AES-256-CTR keystream of a 32-byte key, read once from ``offset`` (in bytes, a multiple of 16) to the end."""
 
     def __init__(self, key: bytes, *, offset: int = 0) -> None:
-        self._key = AES256(key)
+        self._gcm = AESGCM(key) if _gcm_is_faster() else None
+        self._ctr = partial(Cipher, AES256(key))
         self._position = offset
-        self._encryptor: AEADEncryptionContext | CipherContext | None = None
 
-    def fill(self, words: Words) -> None:
-        """Overwrite ``words``, which are contiguous, with the next bytes of the stream, little-endian."""
-        raw = words.data.cast("B")
+    def next(self, room: Room, length: int) -> Words:
+        """The next ``length`` words of the stream, little-endian, in ``room``: until that is filled again.
+
+        LocalProtocolError after a reading that did not end with a block of 16 bytes: it was the last.
+        """
+        if self._position % _AES_BYTES:
+            raise LocalProtocolError(f"keystream: read on from byte {self._position}, expected a multiple of 16")
+        words = room.words[:length]
         done = 0
-        while done < len(raw):
+        while done < words.nbytes:
             stretch, within = divmod(self._position, BLOCK_BYTES)
-            if self._encryptor is None or within == 0:
-                self._encryptor = self._stretch(stretch.to_bytes(12, "big"), within)
-            size = min(len(raw) - done, BLOCK_BYTES - within)
-            self._encryptor.update_into(memoryview(_ZEROS)[:size], raw[done : done + size])
+            size = min(words.nbytes - done, BLOCK_BYTES - within)
+            nonce, zeros = stretch.to_bytes(12, "big"), memoryview(_ZEROS)[:size]
+            if self._gcm is not None and within == 0:
+                self._gcm.encrypt_into(nonce, zeros, None, room.raw[done : done + size + _TAG_BYTES])
+            else:
+                counter = (_FIRST + within // _AES_BYTES).to_bytes(4, "big")
+                self._ctr(CTR(nonce + counter)).encryptor().update_into(zeros, room.raw[done : done + size])
             done += size
             self._position += size
-
-    def _stretch(self, nonce: bytes, within: int) -> AEADEncryptionContext | CipherContext:
-        # GCM cannot begin in the middle of its stream.
-        if within == 0 and _gcm_is_faster():
-            return Cipher(self._key, GCM(nonce)).encryptor()
-        counter = _FIRST + within // _AES_BYTES
-        return Cipher(self._key, CTR(nonce + counter.to_bytes(4, "big"))).encryptor()
+        return words
 
 
 @cache

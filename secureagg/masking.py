@@ -14,7 +14,7 @@ import numpy.typing as npt
 
 from secureagg.agreement import pairwise_mask_key, self_mask_key
 from secureagg.identity import SiteId
-from secureagg.keystream import Keystream, Spread, block_words, in_parts, parts_of
+from secureagg.keystream import Keystream, Room, Spread, block_words, in_parts, parts_of
 from secureagg.lanes import RingLane, Words
 from secureagg.packing import pack
 from secureagg.parameters import RoundParameters
@@ -107,12 +107,11 @@ def _blocks(part: slice, word: "np.dtype[np.unsignedinteger]") -> Iterator[slice
 def _masks_from(keys: list[MaskKey], part: slice, word: "np.dtype[np.unsignedinteger]") -> Callable[[Words], None]:
     """A function that applies all keystreams to the first block of ``part``, and to the next at its next call."""
     streams = [(Keystream(key, offset=part.start * word.itemsize), sign) for key, sign in keys]
-    buffer: Words = np.empty(min(block_words(word), part.stop - part.start), word)
+    room = Room(word, min(block_words(word), part.stop - part.start))
 
     def apply(block: Words) -> None:
-        mask = buffer[: len(block)]
         for stream, sign in streams:
-            stream.fill(mask)
+            mask = stream.next(room, len(block))
             if sign > 0:
                 block += mask
             else:

@@ -10,6 +10,7 @@ from itertools import combinations
 
 import numpy as np
 import pytest
+from support.keystreams import keystream
 from support.rounds import StoppedRound
 
 from secureagg import (
@@ -93,9 +94,7 @@ def blocks(keys: Iterable[bytes]) -> Counter[bytes]:
     """How often each aligned block of 16 bytes occurs in the keystreams of these keys."""
     found: Counter[bytes] = Counter()
     for key in keys:
-        words = np.empty(STREAM_BYTES, np.uint8)
-        Keystream(key).fill(words)
-        stream = words.tobytes()
+        stream = keystream(key, "<u1", STREAM_BYTES).tobytes()
         found.update(stream[start : start + 16] for start in range(0, STREAM_BYTES, 16))
     return found
 

@@ -13,6 +13,7 @@ import msgspec
 import numpy as np
 import numpy.typing as npt
 import pytest
+from support.keystreams import keystream
 from support.packed import integers
 
 from secureagg import (
@@ -32,7 +33,6 @@ from secureagg import (
 )
 from secureagg.agreement import KeyPair, pairwise_mask_key, self_mask_key
 from secureagg.codec import decode_from_coordinator, decode_from_site, encode, sign
-from secureagg.keystream import Keystream
 from secureagg.lanes import RingLane, Words
 from secureagg.masking import apply_masks, pairwise_sign
 from secureagg.messages import (
@@ -407,10 +407,7 @@ def test_the_statistics_would_tell() -> None:
     """The same statistics on inputs without masks, or under a mask of a few bits less, tell the splits apart."""
     one, other = (play(split, seed="power") for split in two_splits(3))
     bits = one.parameters.lanes["update"].ring_bits
-    words = np.empty((2, SAMPLES), np.uint32)
-    for number, row in enumerate(words):
-        Keystream(bytes([number]) * 32).fill(row[: 1 << 15])
-        Keystream(bytes([number + 2]) * 32).fill(row[1 << 15 :])
+    words = np.array([keystream(bytes([number]) * 32, "<u4", SAMPLES) for number in range(2)])
     words &= (1 << bits) - 1
     assert not told_apart(*words, ring_bits=bits)
     for site in HONEST:

@@ -7,11 +7,12 @@ import pytest
 from cryptography.hazmat.primitives.ciphers import Cipher
 from cryptography.hazmat.primitives.ciphers.algorithms import AES256
 from cryptography.hazmat.primitives.ciphers.modes import ECB
+from support.keystreams import keystream
 from support.rounds import StoppedRound
 
-from secureagg import AuthenticationFailed, SiteId
+from secureagg import AuthenticationFailed, LocalProtocolError, SiteId
 from secureagg.agreement import KeyPair, open_shares, pairwise_mask_key, seal_shares, self_mask_key
-from secureagg.keystream import BLOCK_BYTES, STRETCH_BLOCKS, Keystream
+from secureagg.keystream import BLOCK_BYTES, STRETCH_BLOCKS, Keystream, Room
 from secureagg.masking import apply_masks, masks_of_input
 from secureagg.testing import CountingEntropy
 
@@ -62,25 +63,31 @@ def counter_mode(key: bytes, length: int) -> bytes:
 
 
 @pytest.mark.parametrize("gcm", [True, False])
-@pytest.mark.parametrize("size", [BLOCK_BYTES, 3 * BLOCK_BYTES + 16, BLOCK_BYTES // 2 - 16, 4])
+@pytest.mark.parametrize("size", [BLOCK_BYTES, 3 * BLOCK_BYTES + 16, BLOCK_BYTES // 2 - 16, 16])
 def test_keystream_is_aes_256_ctr(size: int, gcm: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """The stream is AES-256 of its counter blocks, whatever sizes it is read in, over the ends of its stretches, by
     whichever of OpenSSL's codes."""
     monkeypatch.setattr("secureagg.keystream._gcm_is_faster", lambda: gcm)
-    key, words = bytes(range(32)), np.zeros((3 * BLOCK_BYTES + 32) // 4, "<u4")
-    stream = Keystream(key)
-    for start in range(0, len(words) if size > 4 else 100, size // 4):
-        stream.fill(words[start : start + size // 4])
-    read = words if size > 4 else words[:100]
-    assert read.tobytes() == counter_mode(key, words.nbytes)[: read.nbytes]
+    key, stream, room = bytes(range(32)), Keystream(bytes(range(32))), Room(np.dtype("<u4"), size // 4)
+    whole = b"".join(
+        stream.next(room, size // 4).tobytes() for _ in range(-(-3 * BLOCK_BYTES // size) if size > 16 else 9)
+    )
+    assert whole == counter_mode(key, len(whole))
+
+
+def test_a_reading_that_ends_in_a_block_is_the_last() -> None:
+    """No byte of a keystream is given out twice: after a part of a block there is no next reading."""
+    stream, room = Keystream(bytes(32)), Room(np.dtype("<u4"), 5)
+    stream.next(room, 5)
+    with pytest.raises(LocalProtocolError, match="byte 20, expected a multiple of 16"):
+        stream.next(room, 1)
 
 
 @pytest.mark.parametrize("offset", [0, 16, BLOCK_BYTES // 2, BLOCK_BYTES - 16, BLOCK_BYTES, BLOCK_BYTES + 48])
 def test_keystream_from_the_middle(offset: int) -> None:
     """A stream that begins at any block goes on as the whole one does."""
-    key, words = bytes(range(32)), np.zeros((BLOCK_BYTES + 96) // 4, "<u4")
-    Keystream(key, offset=offset).fill(words)
-    assert words.tobytes() == counter_mode(key, offset + words.nbytes)[offset:]
+    key, size = bytes(range(32)), BLOCK_BYTES + 96
+    assert keystream(key, "<u4", size // 4, offset=offset).tobytes() == counter_mode(key, offset + size)[offset:]
 
 
 @pytest.mark.parametrize("length", [1, 5, 70_000, 140_001])

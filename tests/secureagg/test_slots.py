@@ -4,11 +4,11 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from support.keystreams import keystream
 from support.slots import round_parameters, vectors_of
 
 from secureagg import Counts, FixedPoint, Lane, ParameterError, RingElements
 from secureagg.homomorphic import mask_slots
-from secureagg.keystream import Keystream
 from secureagg.lanes import CANARY, RingLane
 from secureagg.slots import COEFFICIENT_MODULUS, SLOTS, SlotLane, slot_bits
 
@@ -165,8 +165,7 @@ def test_masks_are_the_keystreams_words() -> None:
     """Slot number i of all ciphertexts gets word i of the keystream, 8 bytes, modulo t, whichever ciphertexts are asked
     for; a mask is exactly uniform therefore."""
     layout = round_parameters(length=200_000).slot_layout
-    stream = np.empty(5 * SLOTS, "<u8")
-    Keystream(KEY).fill(stream)
+    stream = keystream(KEY, "<u8", 5 * SLOTS)
     for sign in (1, -1):
         slots = np.arange(3 * SLOTS, dtype=np.uint64)
         mask_slots(layout, slots, [(KEY, sign)], range(2, 5))

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from support.keystreams import keystream
 from support.packed import elements
 from vectors import generate
 
@@ -39,7 +40,7 @@ from secureagg.commitments import check_share_commitments, secret_commitment, se
 from secureagg.encoding import encode_input
 from secureagg.errors import AuthenticationFailed, MalformedMessage, SecureAggregationError
 from secureagg.homomorphic import mask_slots
-from secureagg.keystream import BLOCK_BYTES, Keystream
+from secureagg.keystream import BLOCK_BYTES, Keystream, Room
 from secureagg.labels import VERSION
 from secureagg.lanes import RingLane
 from secureagg.masking import apply_masks
@@ -329,22 +330,19 @@ def test_keystreams(bits: int) -> None:
     """The first bytes of a keystream are as given, as bytes and as little-endian words, read at once or in parts."""
     for item in load("masks.json")["keystreams"]:
         first, known = raw(item["first_bytes"]), item["words"][str(bits)]
-        words = np.empty(len(first) * 8 // bits, f"<u{bits // 8}")
-        Keystream(raw(item["key"])).fill(words)
+        word, size = f"<u{bits // 8}", bits // 8
+        words = keystream(raw(item["key"]), word, len(first) // size)
         assert words.tobytes() == first
         assert words[: len(known)].tolist() == known
-        parts, stream = np.empty_like(words), Keystream(raw(item["key"]))
-        stream.fill(parts[:1])
-        stream.fill(parts[1:])
-        assert parts.tobytes() == first
+        stream, room = Keystream(raw(item["key"])), Room(np.dtype(word), len(words))
+        assert b"".join(stream.next(room, at // size).tobytes() for at in (16, 48)) == first
 
 
 @pytest.mark.parametrize("offset", [0, BLOCK_BYTES - 32])
 def test_keystreams_over_a_stretch(offset: int) -> None:
     """The bytes around the end of a keystream's first stretch are as given, read from the beginning or from there."""
     for item in load("masks.json")["keystreams"]:
-        words = np.empty((BLOCK_BYTES + 32 - offset) // 8, "<u8")
-        Keystream(raw(item["key"]), offset=offset).fill(words)
+        words = keystream(raw(item["key"]), "<u8", (BLOCK_BYTES + 32 - offset) // 8, offset=offset)
         assert words[-8:].tobytes() == raw(item["over_a_stretch"])
 
 
