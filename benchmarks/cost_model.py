@@ -1,15 +1,16 @@
 """What a round would cost, from a handful of measured constants: a site and the coordinator, in seconds and bytes.
 
-With n sites, d values in rings of b bits, w = 8 / (64 div b) bytes of keystream for each, k holders of each site's
-shares, of whom t suffice, and s sites that drop out before their input (k = n - 1 on the complete graph):
+With n sites, d values in rings of b bits, k holders of each site's shares, of whom t suffice, and s sites that drop
+out before their input (k = n - 1 on the complete graph):
 
     neighbours         v = n - 1, or 2k - k^2 / (n - 1) on the sparse graph, where a site has masks with those whom it
                            drew or who drew it, each of the others with probability 1 - (1 - k / (n - 1))^2
+    bytes of a mask    w = 8 d / (64 div b), rounded up to whole words
     packed bytes       p = d b / 8
     rebuilt masks      r = (n - s) self masks + s v (n - s) / (n - 1) pairwise ones
 
-    site, seconds          d (encode + pack) + d w (1 + v) mask + p hash + site + v neighbour + k holder + k t share
-    coordinator, seconds   (n - s) (p take + d add) + d w r mask + d release
+    site, seconds          d (encode + pack) + w (1 + v) mask + p hash + site + v neighbour + k holder + k t share
+    coordinator, seconds   (n - s) (p take + d add) + w r mask + d release
                            + n member + n k edge + sets t^2 coefficient + (pairwise ones of r) agreement
                            with 1 set of holders on the complete graph, whose coefficients serve all, else n
     up from a site         p + 32 digests of chunks + up + v up_neighbour + k up_holder
@@ -17,7 +18,7 @@ shares, of whom t suffice, and s sites that drop out before their input (k = n -
                            (v k + 2 k^2) down_entry: lists of k positions, of each neighbour's draw, in the statement
                            of each dealer and in that of each holder
 
-    a site's input alone   d (encode + pack) + d w (1 + v) mask + p hash + (1 + v) setup, which neighbour has in it
+    a site's input alone   d (encode + pack) + w (1 + v) mask + p hash + (1 + v) setup, which neighbour has in it
 
 With the homomorphic backend and c ciphertexts of 4,096 slots of 8 bytes:
 
@@ -44,7 +45,7 @@ from secureagg.parameters import Backend, Graph, choose_thresholds
 from secureagg.slots import FRESH_BYTES, SLOTS, SUMMED_BYTES, SlotLayout
 
 DIGEST_BYTES = 32
-SLOT_BYTES = 8
+WORD_BYTES = 8  # of a mask, and of a slot
 # By ``choose_neighbourhood`` for a tenth of the sites corrupt and a tenth dropping out, which takes a minute.
 SLOWLY_CHOSEN = {10_000: Neighbourhood(neighbours=122, threshold=85)}
 
@@ -132,11 +133,6 @@ class Shape:
         return 2 * self.k - self.k**2 / (self.n - 1) if self.sparse else self.n - 1
 
     @property
-    def w(self) -> float:
-        """Bytes of keystream for each value."""
-        return 8 / (64 // self.b)
-
-    @property
     def p(self) -> float:
         """Bytes of an input."""
         return self.c * FRESH_BYTES if self.c else self.d * self.b / 8
@@ -147,9 +143,9 @@ class Shape:
         return self.s * self.v * (self.n - self.s) / (self.n - 1)
 
     @property
-    def stream(self) -> float:
-        """Bytes of one keystream."""
-        return self.c * SLOTS * SLOT_BYTES if self.c else self.d * self.w
+    def w(self) -> int:
+        """Bytes of a mask."""
+        return WORD_BYTES * (self.c * SLOTS if self.c else -(-self.d // (64 // self.b)))
 
 
 # Which constants a quantity has beside what each value costs, and how often.
@@ -191,7 +187,7 @@ def fitted(terms: Terms, measured: Sequence[tuple[Shape, float]]) -> dict[str, f
 def _of_values(constants: Constants, x: Shape) -> float:
     """Processor time of a site for its values."""
     own = x.c * constants.encrypt if x.c else x.d * constants.pack
-    return own + x.d * constants.encode + x.stream * (1 + x.v) * constants.mask + x.p * constants.hash
+    return own + x.d * constants.encode + x.w * (1 + x.v) * constants.mask + x.p * constants.hash
 
 
 def input_seconds(constants: Constants, x: Shape) -> float:
@@ -207,7 +203,7 @@ def site_seconds(constants: Constants, x: Shape) -> float:
 
 def coordinator_seconds(constants: Constants, x: Shape) -> float:
     """Processor time of the coordinator in the protocol, without the transport's."""
-    masks = x.stream * (x.n - x.s + x.pairs) * constants.mask
+    masks = x.w * (x.n - x.s + x.pairs) * constants.mask
     if x.c:
         own = (x.n - x.s) * x.c * constants.load + x.c * constants.release_ciphertext
     else:

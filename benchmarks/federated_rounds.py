@@ -83,7 +83,7 @@ STEPS = {
         "secureagg.masking:unmasked_total",
     ],
     "rebuild secrets": ["secureagg.coordinator:Coordinator._recover", "secureagg.coordinator:Coordinator._masks"],
-    "join, pack": ["secureagg.lanes:RingLane.join", "secureagg.packing:pack", "secureagg.participant:_cut"],
+    "pack": ["secureagg.lanes:RingLane.join", "secureagg.packing:pack", "secureagg.participant:_cut"],
     "ciphertexts (BFV)": [
         *("secureagg.homomorphic:masked_and_encrypted", "secureagg.homomorphic:SumReader.take"),
         *("secureagg.homomorphic:SumReader.totals", "secureagg.homomorphic:CiphertextSum.chunks"),

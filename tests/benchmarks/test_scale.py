@@ -42,7 +42,7 @@ def test_the_largest_graph_is_the_one_that_is_chosen() -> None:
     [
         ("encode", ROUND, 80, 0),
         ("pack", ROUND, 80, 0),
-        ("mask", ROUND, 5 * 320, (4 + 4) * 320),  # 4 self masks, and those of one dropout with 4 survivors
+        ("mask", ROUND, 5 * 216, (4 + 4) * 216),  # 4 self masks, and those of one dropout with 4 survivors
         ("hash", ROUND, 200, 0),
         ("take", ROUND, 0, 4 * 200),
         ("add", ROUND, 0, 4 * 80),
