@@ -24,14 +24,15 @@ from cryptography.hazmat.primitives.ciphers.modes import CTR, GCM
 from secureagg.errors import LocalProtocolError
 from secureagg.lanes import Words
 
-# A block of the accumulator stays in cache while every neighbour's keystream passes over it, and is long enough for a
-# second thread to work meanwhile: measured from 32 KiB to 16 MiB.
-BLOCK_BYTES: Final = 512 * 1024
 _AES_BYTES: Final = 16
 _TAG_BYTES: Final = 16
-STRETCH_BLOCKS: Final = BLOCK_BYTES // _AES_BYTES
+STRETCH_BYTES: Final = 512 * 1024
+STRETCH_BLOCKS: Final = STRETCH_BYTES // _AES_BYTES
 _FIRST: Final = 2  # counter of a stretch: GCM has 1 for its tag
-_ZEROS = bytes(BLOCK_BYTES)
+_ZEROS = bytes(STRETCH_BYTES)
+# A block of the accumulator stays in cache while every neighbour's keystream passes over it, and is long enough for a
+# second thread to work meanwhile: measured from 32 KiB to 16 MiB.  Of whole stretches, so that each begins with one.
+BLOCK_BYTES: Final = STRETCH_BYTES
 _PARTS: Final = 16
 
 _Result = TypeVar("_Result")
@@ -82,8 +83,8 @@ class Keystream:
         words = room.words[:length]
         done = 0
         while done < words.nbytes:
-            stretch, within = divmod(self._position, BLOCK_BYTES)
-            size = min(words.nbytes - done, BLOCK_BYTES - within)
+            stretch, within = divmod(self._position, STRETCH_BYTES)
+            size = min(words.nbytes - done, STRETCH_BYTES - within)
             nonce, zeros = stretch.to_bytes(12, "big"), memoryview(_ZEROS)[:size]
             if self._gcm is not None and within == 0:
                 self._gcm.encrypt_into(nonce, zeros, None, room.raw[done : done + size + _TAG_BYTES])
@@ -98,7 +99,7 @@ class Keystream:
 @cache
 def _gcm_is_faster() -> bool:
     """Which code makes the same bytes in less time on this processor: looked at once, in a few milliseconds."""
-    out = bytearray(BLOCK_BYTES // 8)
+    out = bytearray(STRETCH_BYTES // 8)
 
     def seconds(mode: GCM | CTR) -> float:
         began = time.perf_counter()

@@ -43,15 +43,6 @@ def pack(ring_lane: RingLane, words: Words) -> memoryview:
     return stream[:size].data
 
 
-def check_packed(ring_lane: RingLane, packed: bytes | memoryview, *, who: str) -> None:
-    """Raise MalformedMessage naming ``who`` unless ``packed`` is what ``pack`` gives for some words."""
-    if len(packed) != ring_lane.packed_bytes:
-        raise MalformedMessage(
-            f"{who}, lane {ring_lane.lane.name}: {len(packed)} packed bytes, expected {ring_lane.packed_bytes}"
-        )
-    check_filling(ring_lane, packed[-1], who=who)
-
-
 def check_filling(ring_lane: RingLane, last: int, *, who: str) -> None:
     """Raise MalformedMessage naming ``who`` unless the bits behind the last word, in the ``last`` byte, are zero."""
     # One vector has one encoding.

@@ -12,7 +12,7 @@ from support.rounds import StoppedRound
 
 from secureagg import AuthenticationFailed, LocalProtocolError, SiteId
 from secureagg.agreement import KeyPair, open_shares, pairwise_mask_key, seal_shares, self_mask_key
-from secureagg.keystream import BLOCK_BYTES, STRETCH_BLOCKS, Keystream, Room
+from secureagg.keystream import STRETCH_BLOCKS, STRETCH_BYTES, Keystream, Room
 from secureagg.masking import apply_masks, masks_of_input
 from secureagg.testing import CountingEntropy
 
@@ -63,13 +63,13 @@ def counter_mode(key: bytes, length: int) -> bytes:
 
 
 @pytest.mark.parametrize("gcm", [True, False])
-@pytest.mark.parametrize("size", [BLOCK_BYTES, 3 * BLOCK_BYTES + 16, BLOCK_BYTES // 2 - 16, 16])
+@pytest.mark.parametrize("size", [STRETCH_BYTES, 3 * STRETCH_BYTES + 16, STRETCH_BYTES // 2 - 16, 16])
 def test_keystream_is_aes_256_ctr(size: int, gcm: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """The stream is AES-256 of its counter blocks, whatever sizes it is read in, over the ends of its stretches, by
     whichever of OpenSSL's codes."""
     monkeypatch.setattr("secureagg.keystream._gcm_is_faster", lambda: gcm)
     key, stream, room = bytes(range(32)), Keystream(bytes(range(32))), Room(np.dtype("<u4"), size // 4)
-    times = min(9, -(-3 * BLOCK_BYTES // size))
+    times = min(9, -(-3 * STRETCH_BYTES // size))
     whole = b"".join(stream.next(room, size // 4).tobytes() for _ in range(times))
     assert whole == counter_mode(key, len(whole))
 
@@ -82,10 +82,10 @@ def test_a_reading_that_ends_in_a_block_is_the_last() -> None:
         stream.next(room, 1)
 
 
-@pytest.mark.parametrize("offset", [0, 16, BLOCK_BYTES // 2, BLOCK_BYTES - 16, BLOCK_BYTES, BLOCK_BYTES + 48])
+@pytest.mark.parametrize("offset", [0, 16, STRETCH_BYTES // 2, STRETCH_BYTES - 16, STRETCH_BYTES, STRETCH_BYTES + 48])
 def test_keystream_from_the_middle(offset: int) -> None:
     """A stream that begins at any block goes on as the whole one does."""
-    key, size = bytes(range(32)), BLOCK_BYTES + 96
+    key, size = bytes(range(32)), STRETCH_BYTES + 96
     assert keystream(key, "<u4", size // 4, offset=offset).tobytes() == counter_mode(key, offset + size)[offset:]
 
 

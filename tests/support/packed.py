@@ -6,14 +6,17 @@ import numpy as np
 import numpy.typing as npt
 
 from secureagg.encoding import EncodedInput
+from secureagg.errors import MalformedMessage
 from secureagg.lanes import RingLane, Words
-from secureagg.packing import add_packed, check_packed
+from secureagg.packing import add_packed, check_filling
 from secureagg.parameters import RoundParameters
 
 
 def unpack(ring_lane: RingLane, packed: bytes | memoryview, *, who: str) -> Words:
     """The masked words of packed bytes; MalformedMessage naming ``who`` for bytes that are none."""
-    check_packed(ring_lane, packed, who=who)
+    if len(packed) != ring_lane.packed_bytes:
+        raise MalformedMessage(f"{who}: {len(packed)} packed bytes, expected {ring_lane.packed_bytes}")
+    check_filling(ring_lane, packed[-1], who=who)
     total = np.zeros(ring_lane.masked_length, ring_lane.masked_word)
     add_packed(total, ring_lane, reader(packed))
     return ring_lane.reduce(total)

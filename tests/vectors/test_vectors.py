@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 from support.keystreams import keystream
-from support.packed import elements
+from support.packed import elements, unpack
 from vectors import generate
 
 from secureagg import (
@@ -40,11 +40,11 @@ from secureagg.commitments import check_share_commitments, secret_commitment, se
 from secureagg.encoding import encode_input
 from secureagg.errors import AuthenticationFailed, MalformedMessage, SecureAggregationError
 from secureagg.homomorphic import mask_slots
-from secureagg.keystream import BLOCK_BYTES, Keystream, Room
+from secureagg.keystream import STRETCH_BYTES, Keystream, Room
 from secureagg.labels import VERSION
 from secureagg.lanes import RingLane
 from secureagg.masking import apply_masks
-from secureagg.packing import add_packed, check_packed, pack
+from secureagg.packing import pack
 from secureagg.phases import Aborted, CoordinatorFinished, ParticipantFinished
 from secureagg.shamir import PRIME, check_share, lagrange_coefficients, reconstruct, share
 from secureagg.slots import SLOTS, slot_bits
@@ -81,14 +81,6 @@ def words_of(bits: int, length: int) -> RingLane:
     """A lane of so many words of one value each."""
     encoding = RingElements(ring_bits=bits) if bits < 64 else Counts(maximum=1)
     return RingLane(lane=Lane(name="x", length=length, encoding=encoding), ring_bits=bits)
-
-
-def unpacked(lane: RingLane, packed: bytes) -> list[int]:
-    """The words of ``packed``, checked and added to zeros."""
-    check_packed(lane, packed, who="test")
-    total = np.zeros(lane.masked_length, lane.masked_word)
-    add_packed(total, lane, lambda offset, size: packed[offset : offset + size])
-    return lane.reduce(total).tolist()
 
 
 def lane_of(item: dict[str, Any]) -> Lane:
@@ -338,11 +330,11 @@ def test_keystreams(bits: int) -> None:
         assert b"".join(stream.next(room, at // size).tobytes() for at in (16, 48)) == first
 
 
-@pytest.mark.parametrize("offset", [0, BLOCK_BYTES - 32])
+@pytest.mark.parametrize("offset", [0, STRETCH_BYTES - 32])
 def test_keystreams_over_a_stretch(offset: int) -> None:
     """The bytes around the end of a keystream's first stretch are as given, read from the beginning or from there."""
     for item in load("masks.json")["keystreams"]:
-        words = keystream(raw(item["key"]), "<u8", (BLOCK_BYTES + 32 - offset) // 8, offset=offset)
+        words = keystream(raw(item["key"]), "<u8", (STRETCH_BYTES + 32 - offset) // 8, offset=offset)
         assert words[-8:].tobytes() == raw(item["over_a_stretch"])
 
 
@@ -362,7 +354,7 @@ def test_packed_values(item: dict[str, Any]) -> None:
     """Words pack to the given bytes, and these unpack to them."""
     lane = words_of(item["word_bits"], len(item["words"]))
     assert pack(lane, np.array(item["words"], lane.masked_word)) == raw(item["packed"])
-    assert unpacked(lane, raw(item["packed"])) == item["words"]
+    assert unpack(lane, raw(item["packed"]), who="test").tolist() == item["words"]
 
 
 @pytest.mark.parametrize("item", load("packing.json")["joined"], ids=lambda item: f"{item['ring_bits']} bits")
@@ -382,7 +374,7 @@ def test_packed_bytes_to_refuse() -> None:
     """Bytes of another length, and filling bits that are not zero, are refused."""
     for item in load("packing.json")["refused"]:
         with pytest.raises(MalformedMessage):
-            unpacked(words_of(item["word_bits"], item["length"]), raw(item["packed"]))
+            unpack(words_of(item["word_bits"], item["length"]), raw(item["packed"]), who="test")
 
 
 @pytest.mark.parametrize("index", range(len(load("encoding.json"))))
