@@ -162,10 +162,10 @@ def _encode_block(
         np.clip(scaled, -edge, edge, out=scaled)
     np.ceil(scaled, out=scaled)
     np.copyto(fixed, scaled, casting="unsafe")
-    # x + (2^32 - 1 - coin) / 2^32, rounded down: up with probability equal to the fraction of x, to within 2^-32.
-    fixed -= coins.next(buffers.coins, size)
-    fixed += 2**32 - 1
-    words[:] = fixed.view(_INT32)[1::2]
+    # x - coin / 2^32, rounded up: above x with probability equal to its fraction, to within 2^-32.  The upper half of
+    # an integer is the integer divided by 2^32 and rounded down, so the difference is taken the other way round.
+    np.subtract(coins.next(buffers.coins, size), fixed, out=fixed)
+    np.negative(fixed.view(_INT32)[1::2], out=words.view(f"<i{words.itemsize}"), casting="unsafe")
     return clipped
 
 

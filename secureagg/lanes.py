@@ -203,10 +203,12 @@ class RingLane:
             return values.copy()
         integers = values.view(f"<i{values.itemsize}") if self.lane.signed else values
         words = np.zeros(-(-len(values) // self.digits), np.int64)
+        wide = np.empty_like(words)  # numpy is faster at copying to another width than at adding across two
         for digit in reversed(range(self.digits)):
             own = integers[digit :: self.digits]
             words <<= self.ring_bits
-            words[: len(own)] += own
+            wide[: len(own)] = own
+            words[: len(own)] += wide[: len(own)]
         return words.view(np.uint64)
 
     def split(self, words: Words, out: npt.NDArray[np.int64]) -> None:
