@@ -1,6 +1,8 @@
 """Keys, keystreams and masks."""
 
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -12,7 +14,7 @@ from support.rounds import StoppedRound
 
 from secureagg import AuthenticationFailed, LocalProtocolError, SiteId
 from secureagg.agreement import KeyPair, open_shares, pairwise_mask_key, seal_shares, self_mask_key
-from secureagg.keystream import STRETCH_BLOCKS, STRETCH_BYTES, Keystream, Room
+from secureagg.keystream import STRETCH_BLOCKS, STRETCH_BYTES, Keystream, Room, _gcm_is_faster
 from secureagg.masking import apply_masks, masks_of_input
 from secureagg.testing import CountingEntropy
 
@@ -72,6 +74,21 @@ def test_keystream_is_aes_256_ctr(size: int, gcm: bool, monkeypatch: pytest.Monk
     times = min(9, -(-3 * STRETCH_BYTES // size))
     whole = b"".join(stream.next(room, size // 4).tobytes() for _ in range(times))
     assert whole == counter_mode(key, len(whole))
+
+
+@pytest.mark.parametrize(
+    ("cpuinfo", "gcm"),
+    [
+        ("flags : fpu aes avx512vl vaes vpclmulqdq sha_ni", True),
+        ("flags : fpu aes avx2 vaes vpclmulqdq", False),
+        ("Features : fp asimd aes pmull", False),
+        (OSError("no such file"), False),
+    ],
+)
+def test_which_code_makes_keystreams(cpuinfo: str | OSError, gcm: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """GCM's code is taken only where the system names all that makes it fast; elsewhere that of CTR is faster."""
+    monkeypatch.setattr(Path, "read_text", Mock(side_effect=[cpuinfo]))
+    assert _gcm_is_faster.__wrapped__() == gcm
 
 
 def test_a_reading_that_ends_in_a_block_is_the_last() -> None:
