@@ -5,8 +5,9 @@ out before their input (k = n - 1 on the complete graph):
 
     neighbours         v = n - 1, or 2k - k^2 / (n - 1) on the sparse graph, where a site has masks with those whom it
                            drew or who drew it, each of the others with probability 1 - (1 - k / (n - 1))^2
-    bytes of a mask    w = 8 d / (64 div b), rounded up to whole words
-    packed bytes       p = d b / 8
+    masked words       m = d / (64 div b), rounded up
+    bytes of a mask    w = 8 m
+    packed bytes       p = m (64 div b) b / 8, rounded up
     rebuilt masks      r = (n - s) self masks + s v (n - s) / (n - 1) pairwise ones
 
     site, seconds          d (encode + pack) + w (1 + v) mask + p hash + site + v neighbour + k holder + k t share
@@ -20,7 +21,7 @@ out before their input (k = n - 1 on the complete graph):
 
     a site's input alone   d (encode + pack) + w (1 + v) mask + p hash + (1 + v) setup, which neighbour has in it
 
-With the homomorphic backend and c ciphertexts of 4,096 slots of 8 bytes:
+With the homomorphic backend and c ciphertexts of 4,096 slots of 8 bytes, which are masked as m words:
 
     site, seconds          d encode + 32,768 c (1 + v) mask + c (encrypt + open) + (bytes of both) hash + the keys' part
     coordinator, seconds   (n - s) c load + 32,768 c r mask + c release_ciphertext + the keys' part
@@ -133,9 +134,14 @@ class Shape:
         return 2 * self.k - self.k**2 / (self.n - 1) if self.sparse else self.n - 1
 
     @property
-    def p(self) -> float:
+    def m(self) -> int:
+        """Words of a mask, and of a masked input."""
+        return self.c * SLOTS if self.c else -(-self.d // (64 // self.b))
+
+    @property
+    def p(self) -> int:
         """Bytes of an input."""
-        return self.c * FRESH_BYTES if self.c else self.d * self.b / 8
+        return self.c * FRESH_BYTES if self.c else -(-self.m * (64 // self.b) * self.b // 8)
 
     @property
     def pairs(self) -> float:
@@ -145,7 +151,7 @@ class Shape:
     @property
     def w(self) -> int:
         """Bytes of a mask."""
-        return WORD_BYTES * (self.c * SLOTS if self.c else -(-self.d // (64 // self.b)))
+        return WORD_BYTES * self.m
 
 
 # Which constants a quantity has beside what each value costs, and how often.
