@@ -29,7 +29,6 @@ from dp.training import BATCH_ROWS, Plan, clipped_gradient_sum, train_plain, tra
 from dp.views import Augmentation
 from secureagg import RoundParameters, ShapeMismatch
 from secureagg.identity import Entropy, Identity
-from secureagg.labels import VERSION
 from sites.config import OpenSite
 from sites.datasets.heart import Hospital
 from sites.errors import ConfigurationError, DatasetError
@@ -40,7 +39,7 @@ from sites.rounds import model_spec
 if TYPE_CHECKING:
     from sites.participant_loop import Round
 
-DATASET_LABEL: Final = VERSION + b"/dataset"
+DATASET_LABEL: Final = b"secureagg/v1/dataset"  # of whatever protocol: data keeps its name, and with it its budget
 RANDOM_GENERATOR: Final = "AES-128-CTR (randomgen), keyed from the operating system"
 
 

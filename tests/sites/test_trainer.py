@@ -19,6 +19,8 @@ import sites.trainer
 from dp.budget import PrivacyBudget
 from dp.errors import BudgetExhausted, LedgerMismatch, LedgerUnavailable, ReservationMisused
 from dp.ledger import Ledger, read_ledger, verify
+from secureagg import Identity
+from secureagg.testing import CountingEntropy
 from sites import recipe
 from sites.config import LEDGER, open_site
 from sites.datasets.heart import Hospital
@@ -289,6 +291,14 @@ def test_a_run_within_the_site_s_own_budget(tmp_path):
     tight = new_trainer(ledger_in(path), training=short, privacy=half, budget=PrivacyBudget(epsilons[1], 1e-2))
     with pytest.raises(BudgetExhausted, match=f"expected at most {epsilons[1]:g} at delta 0.01"):
         tight.train(state, run="third", round_number=1)
+
+
+def test_data_keeps_its_name():
+    """The same data of the same site has the same name in every version: under another one, a ledger would know nothing
+    of what it has cost."""
+    data = Examples(features=torch.tensor([[0.5, 1.0], [-2.0, 3.0]]), targets=torch.tensor([0.0, 1.0]))
+    site = Identity.generate(CountingEntropy(b"site"))
+    assert fingerprint(data, site) == "6eecd2fb2b367e1e608f44978b93cdc19de59ed832fc7ff52c214a089dc86c97"
 
 
 def test_the_fingerprint():

@@ -8,14 +8,14 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Final
 
-from secureagg.labels import VERSION, frame
+from secureagg.labels import frame
 from sites.datasets.dicom.records import Identifiers
 from sites.errors import ConfigurationError, DatasetError
 from sites.files import create_private, read_private
 
 SECRET_FILE: Final = "dicom.secret"  # noqa: S105  a name
 SECRET_BYTES: Final = 32
-_LABEL: Final = VERSION + b"/dicom/"
+_LABEL: Final = b"secureagg/v1/dicom/"  # of whatever protocol: an index outlives it
 
 
 class Pseudonyms:
