@@ -23,9 +23,11 @@ def unpack(ring_lane: RingLane, packed: bytes | memoryview, *, who: str) -> Word
 
 
 def elements(encoded: EncodedInput, parameters: RoundParameters) -> dict[str, list[int]]:
-    """Lane -> ring elements of a site's input, whose vectors are integers modulo the machine word."""
-    bits = {name: lane.ring_bits for name, lane in parameters.lanes.items()}
-    return {name: [value % 2 ** bits[name] for value in words.tolist()] for name, words in encoded.vectors.items()}
+    """Lane -> ring elements of a site's input, whose vectors are integers modulo the machine word; in their order."""
+    return {
+        name: [value % 2**lane.ring_bits for value in encoded.vectors[name].tolist()]
+        for name, lane in parameters.lanes.items()
+    }
 
 
 def integers(ring_lane: RingLane, words: Words) -> npt.NDArray[np.int64]:
