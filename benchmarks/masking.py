@@ -169,10 +169,10 @@ def _peak(length: int) -> None:
 def coordinator(length: int, repeats: int) -> list[Figure]:
     """The coordinator's work for SITES sites, against making and adding the masks that it has to remove."""
     update = np.random.default_rng(0).uniform(-1, 1, length).astype(np.float32)
-    words = np.zeros(int(length * MASK_BYTES / 8), "<u8")
     keys = [(os.urandom(32), -1) for _ in range(SITES)]
     prepared = Round(length)
     lane = prepared.parameters.lanes[LANE]
+    words = np.zeros(lane.masked_length, lane.masked_word)
     packed = memoryview(b"".join(prepared.masked_input(update).chunks))
 
     def arithmetic(spread: Spread) -> None:

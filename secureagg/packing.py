@@ -59,7 +59,7 @@ def add_packed(total: Words, ring_lane: RingLane, read: Read, *, spread: Spread 
     bits = ring_lane.masked_bits
 
     def add_part(part: slice) -> None:
-        # Room for the windows that reach beyond the last value.  What lies there is above the ring's bits.
+        # Room for the windows that reach beyond the last value.  What lies there is above a word's bits.
         stream = np.zeros(-(-min(_BLOCK_VALUES, part.stop - part.start) * bits // 8) + 2 * _WINDOW_BYTES, np.uint8)
         for start in range(part.start, part.stop, _BLOCK_VALUES):
             block = total[start : min(start + _BLOCK_VALUES, part.stop)]

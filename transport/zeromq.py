@@ -510,7 +510,7 @@ class DealerEndpoint(_ZmqEndpoint):
         self._due = time.monotonic() + self._backoff.failed()
         self._close_socket(linger=0)
 
-    def _close_socket(self, *, linger: int) -> None:
+    def _close_socket(self, *, linger: int | None = None) -> None:
         if self._socket is not None:
             self._socket.disable_monitor()
             if self._monitor is not None:
@@ -605,4 +605,4 @@ class DealerEndpoint(_ZmqEndpoint):
             with suppress(zmq.ZMQError):
                 self._socket.send_multipart([self._link.frame(Kind.BYE).packed], zmq.DONTWAIT)
         # Where the connection has failed, nothing can go out, so there is nothing to wait for.
-        self._close_socket(linger=0 if self._is_hopeless else LINGER_SECONDS * 1000)
+        self._close_socket(linger=0 if self._is_hopeless else None)

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from support.packed import integers
 
 from secureagg import Counts, FixedPoint, Lane, ParameterError, RingElements
 from secureagg.lanes import RingLane
@@ -78,8 +79,7 @@ def test_sums_of_words_are_words_of_sums(case: tuple[RingLane, list[list[int]]])
         words = ring_lane.join(np.array([value % 2**64 for value in values], "<u8").astype(ring_lane.word))
         assert words.dtype == ring_lane.masked_word
         total += ring_lane.reduce(words)
-    found = np.empty(ring_lane.lane.length, np.int64)
-    ring_lane.split(ring_lane.reduce(total), found)
+    found = integers(ring_lane, ring_lane.reduce(total))
     assert found.tolist() == [sum(column) for column in zip(*sites, strict=True)]
 
 
@@ -91,8 +91,7 @@ def test_ring_elements_have_words_of_their_own(bits: int, data: st.DataObject) -
     ring_lane = RingLane.for_cohort(lane, cohort_size=3, max_weight=1)
     words = np.array(values, ring_lane.word)
     total = ring_lane.join(words) + words + words
-    found = np.empty(len(values), np.int64)
-    ring_lane.split(total, found)
+    found = integers(ring_lane, total)
     assert [integer % 2**bits for integer in found.tolist()] == [3 * value % 2**bits for value in values]
     assert all(-(2 ** (bits - 1)) <= integer < 2 ** (bits - 1) for integer in found.tolist())
 

@@ -4,17 +4,11 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from support.packed import integers, unpack
+from support.packed import integers, unpack, words_of
 
-from secureagg import Counts, Lane, MalformedMessage, RingElements
+from secureagg import Counts, Lane, MalformedMessage
 from secureagg.lanes import RingLane
 from secureagg.packing import pack
-
-
-def ring_lane(length: int, bits: int) -> RingLane:
-    """A lane of this length in a ring of this width, whose words hold one value each."""
-    encoding = RingElements(ring_bits=bits) if bits < 64 else Counts(maximum=1)
-    return RingLane(lane=Lane(name="x", length=length, encoding=encoding), ring_bits=bits)
 
 
 def reference(values: list[int], bits: int) -> bytes:
@@ -28,7 +22,7 @@ def vectors(draw: st.DrawFn) -> tuple[RingLane, list[int]]:
     """A lane of any ring width and elements for it."""
     bits = draw(st.integers(8, 64))
     values = draw(st.lists(st.integers(0, 2**bits - 1), min_size=1, max_size=200))
-    return ring_lane(len(values), bits), values
+    return words_of(bits, len(values)), values
 
 
 @given(vectors())
@@ -44,7 +38,7 @@ def test_layout_is_the_specified_bit_stream(case: tuple[RingLane, list[int]]) ->
 def test_long_vectors(bits: int) -> None:
     """Vectors of several blocks have the same layout as short ones, at the seams too."""
     length = 3 * 64 * 1024 + 5
-    lane = ring_lane(length, bits)
+    lane = words_of(bits, length)
     values = np.random.default_rng(bits).integers(0, 2**bits, length, dtype=np.uint64).astype(lane.word)
     packed = pack(lane, values)
     assert packed == reference(values.tolist(), bits)
@@ -54,14 +48,14 @@ def test_long_vectors(bits: int) -> None:
 @pytest.mark.parametrize("change", [-1, 1])
 def test_wrong_size_is_refused(change: int) -> None:
     """Bytes of any other size than the lane's are refused, and the error names who sent them."""
-    lane = ring_lane(5, 20)
+    lane = words_of(20, 5)
     with pytest.raises(MalformedMessage, match=r"hospital.*packed bytes, expected 13"):
         unpack(lane, bytes(13 + change), who="hospital")
 
 
 def test_filling_bits_are_zero() -> None:
     """One vector has one encoding: a bit set behind the last value is refused."""
-    lane = ring_lane(1, 20)
+    lane = words_of(20, 1)
     assert unpack(lane, bytes([255, 255, 15]), who="x").tolist() == [2**20 - 1]
     with pytest.raises(MalformedMessage, match="last 4 bits"):
         unpack(lane, bytes([0, 0, 16]), who="x")

@@ -5,11 +5,18 @@ from collections.abc import Callable
 import numpy as np
 import numpy.typing as npt
 
+from secureagg import Counts, Lane, RingElements
 from secureagg.encoding import EncodedInput
 from secureagg.errors import MalformedMessage
 from secureagg.lanes import RingLane, Words
 from secureagg.packing import add_packed, check_filling
 from secureagg.parameters import RoundParameters
+
+
+def words_of(bits: int, length: int) -> RingLane:
+    """A lane of so many masked words of this width, each with one value."""
+    encoding = RingElements(ring_bits=bits) if bits < 64 else Counts(maximum=1)
+    return RingLane(lane=Lane(name="x", length=length, encoding=encoding), ring_bits=bits)
 
 
 def unpack(ring_lane: RingLane, packed: bytes | memoryview, *, who: str) -> Words:

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 from support.keystreams import keystream
-from support.packed import elements, unpack
+from support.packed import elements, integers, unpack, words_of
 from vectors import generate
 
 from secureagg import (
@@ -20,7 +20,6 @@ from secureagg import (
     Identity,
     Lane,
     Participant,
-    RingElements,
     Roster,
     RoundParameters,
     SiteId,
@@ -75,12 +74,6 @@ def drawn(draws: list[str]) -> Callable[[int], bytes]:
         return value
 
     return entropy
-
-
-def words_of(bits: int, length: int) -> RingLane:
-    """A lane of so many words of one value each."""
-    encoding = RingElements(ring_bits=bits) if bits < 64 else Counts(maximum=1)
-    return RingLane(lane=Lane(name="x", length=length, encoding=encoding), ring_bits=bits)
 
 
 def lane_of(item: dict[str, Any]) -> Lane:
@@ -365,8 +358,7 @@ def test_joined_values(item: dict[str, Any]) -> None:
     ring_lane = RingLane(lane=lane, ring_bits=item["ring_bits"])
     values = np.array([integer % 2**64 for integer in item["integers"]], np.uint64).astype(ring_lane.word)
     assert ring_lane.reduce(ring_lane.join(values)).tolist() == item["words"]
-    found = np.empty(lane.length, np.int64)
-    ring_lane.split(np.array(item["words"], ring_lane.masked_word), found)
+    found = integers(ring_lane, np.array(item["words"], ring_lane.masked_word))
     assert found.view(np.uint64).tolist() == [integer % 2**64 for integer in item["integers"]]
 
 
